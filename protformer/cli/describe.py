@@ -1,0 +1,24 @@
+"""`protformer describe`: what a token store, model, run or embedding file holds."""
+
+from pathlib import Path
+
+import click
+
+from protformer.cli.options import FilePath, json_option
+
+
+@click.command("describe")
+@click.argument("path", type=FilePath)
+@json_option
+def command(path: Path, as_json: bool) -> None:
+    """Say what PATH holds: a token store, a model folder, a run, or an embedding file."""
+    import json
+
+    from protformer.inference.describe import describe
+
+    facts = describe(path)
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        click.echo(f"{name:24} {f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else value}")

@@ -1,0 +1,93 @@
+"""`protformer predict-contacts`: proteins, or concatenated pairs, to contact maps."""
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from protformer.cli.options import (
+    FilePath,
+    batch_tokens_option,
+    device_option,
+    fasta_option,
+    model_option,
+    on_duplicate_option,
+    precision_option,
+    quiet_option,
+)
+
+
+@click.command("predict-contacts")
+@model_option
+@fasta_option()
+@click.option("--out", required=True, type=FilePath, metavar="DIR", help="Folder for one file a protein or pair.")
+@click.option(
+    "--pairs", type=FilePath, metavar="TSV", help="Lines `a b [label]` of ids: concatenate these two, and map both."
+)
+@click.option(
+    "--method",
+    type=click.Choice(["attention", "jacobian"]),
+    default="attention",
+    show_default=True,
+    help="Attention maps, or the categorical Jacobian (20 forward passes a residue).",
+)
+@click.option(
+    "--format",
+    "formats",
+    type=click.Choice(["npz", "rr", "csv"]),
+    multiple=True,
+    default=("npz",),
+    show_default=True,
+    help="May be given several times.",
+)
+@click.option("--plot", is_flag=True, help="Also write a PNG of each map.")
+@on_duplicate_option
+@batch_tokens_option
+@precision_option
+@device_option
+@quiet_option
+def command(
+    model_path: Path,
+    fasta: str,
+    out: Path,
+    pairs: Path | None,
+    method: Literal["attention", "jacobian"],
+    formats: tuple[Literal["npz", "rr", "csv"], ...],
+    plot: bool,
+    on_duplicate: Literal["error", "suffix", "first"],
+    batch_tokens: int,
+    precision: str,
+    device: str,
+    quiet: bool,
+) -> None:
+    """Predict contacts within proteins, or between two concatenated ones.
+
+    Scores rank pairs of residues; they are no calibrated probabilities. Memory grows with the square of the length.
+
+    \b
+    Example:
+      protformer predict-contacts --model runs/trembl --fasta proteins.fa --out contacts --plot
+    """
+    from protformer.cli.progress import count_progress
+    from protformer.corpus.fasta import FastaReport, read_fasta
+    from protformer.inference.contact_writers import contact_paths, write_contacts
+    from protformer.inference.contacts import chains_of_pairs, predict_contacts
+    from protformer.inference.session import open_session
+
+    session = open_session(model_path, device=device, precision=precision)
+    report = FastaReport()
+    records = read_fasta(fasta, on_duplicate=on_duplicate, report=report)
+    tasks = ((record,) for record in records) if pairs is None else chains_of_pairs(pairs, records)
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = tuple(dict.fromkeys(formats))
+    written = 0
+    with count_progress("maps", quiet=quiet) as progress:
+        for chains in tasks:
+            contact_paths([chain.id for chain in chains], out, chosen, plot)
+            contact_map = predict_contacts(session, chains, method=method, batch_tokens=batch_tokens)
+            write_contacts(contact_map, out, chosen, plot)
+            written += 1
+            progress(1)
+    if not quiet and (line := report.summary()):
+        click.echo(line, err=True)
+    click.echo(f"{out}: {written:,} contact maps")

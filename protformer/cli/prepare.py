@@ -1,0 +1,27 @@
+"""`protformer prepare`: FASTA to the token store that training reads."""
+
+from pathlib import Path
+
+import click
+
+from protformer.cli.options import FilePath, fasta_option, quiet_option
+
+
+@click.command("prepare")
+@fasta_option(multiple=True)
+@click.option("--out", required=True, type=FilePath, metavar="STORE", help="Folder to make.")
+@quiet_option
+def command(fasta: tuple[str, ...], out: Path, quiet: bool) -> None:
+    """Turn FASTA into a token store.
+
+    `train` does this by itself; prepare once to train several times on a large file: `train --fasta STORE`. Duplicate ids are
+    allowed, ids are kept.
+    """
+    from protformer.cli.progress import byte_progress
+    from protformer.corpus.token_store import build_token_store
+
+    with byte_progress(fasta, quiet=quiet) as progress:
+        manifest = build_token_store(fasta, out, progress=progress)
+    if not quiet and (changes := manifest.changes_summary()):
+        click.echo(changes, err=True)
+    click.echo(f"{out}: {manifest.num_proteins:,} proteins, {manifest.num_residues:,} residues")

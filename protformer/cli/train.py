@@ -1,0 +1,77 @@
+"""`protformer train`: FASTA in, run folder out."""
+
+from pathlib import Path
+
+import click
+
+from protformer.cli.options import FilePath, device_option, fasta_option, quiet_option
+
+
+@click.command("train")
+@fasta_option(multiple=True)
+@click.option("--out", required=True, type=FilePath, metavar="RUN", help="Run folder to make.")
+@click.option(
+    "--config", metavar="YAML", help="A file, or a built-in one: tiny, small, base, paper-single, paper-concat."
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one field: model.num_layers=12.")
+@click.option(
+    "--val-fasta", metavar="FILE", help="Held-out proteins; else a share is held out by hash of the sequence."
+)
+@click.option(
+    "--max-steps", type=click.IntRange(min=1), metavar="N", help="Stop there; counted from the start of the run."
+)
+@click.option("--max-time", metavar="HH:MM:SS", help="Stop after this time of training.")
+@click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Per node.")
+@click.option("--num-nodes", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
+@click.option(
+    "--seed", type=click.IntRange(min=0, max=2**32 - 1), metavar="S", help="Decides weights, order and masks."
+)
+@click.option("--resume", is_flag=True, help="Go on with an existing run.")
+@device_option
+@quiet_option
+def command(
+    fasta: tuple[str, ...],
+    out: Path,
+    config: str | None,
+    overrides: tuple[str, ...],
+    val_fasta: str | None,
+    max_steps: int | None,
+    max_time: str | None,
+    devices: int,
+    num_nodes: int,
+    seed: int | None,
+    resume: bool,
+    device: str,
+    quiet: bool,
+) -> None:
+    """Train a language model on proteins.
+
+    Several --fasta are read one after the other. Ctrl-C and SIGTERM save and leave; the same command with --resume goes on as if
+    never stopped. The run folder holds config.yaml, metrics.csv, curves.png, checkpoints/last.ckpt and model/.
+
+    \b
+    Example:
+      protformer train --fasta trembl.fa.gz --config small --out runs/trembl
+    """
+    from protformer.cli.progress import StderrConsole
+    from protformer.training.run import RunRequest, run_training
+
+    summary = run_training(
+        RunRequest(
+            fasta=fasta,
+            out=out,
+            config_source=config,
+            overrides=overrides,
+            validation_fasta=val_fasta,
+            max_steps=max_steps,
+            max_time=max_time,
+            devices=devices,
+            num_nodes=num_nodes,
+            seed=seed,
+            resume=resume,
+            device=device,
+            quiet=quiet,
+        ),
+        StderrConsole(quiet=quiet),
+    )
+    click.echo(summary)

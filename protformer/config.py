@@ -1,0 +1,387 @@
+"""The whole run as frozen dataclasses, read strictly from YAML.
+
+In: a YAML file with differences from the defaults (or the name of a built-in configuration), and `--set a.b=value`
+overrides. Out: a `RunConfig`, or one line that names the dotted path, the value, and the nearest right name. Defaults
+stand here and nowhere else. Reading decodes by the declared type: YAML's own guesses (`1e-4` a string, `no` a bool) do
+not get through.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from protformer.errors import ConfigError
+
+Packing = Literal["attend", "isolate"]
+Direction = Literal["bidirectional", "unidirectional"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FavorConfig:
+    """FAVOR+ for the softmax kernel with positive random features (Choromanski et al. 2021, section 2.3)."""
+
+    kind: Literal["favor"] = "favor"
+    num_features: int = 256
+    """m in the paper."""
+    orthogonal: bool = True
+    row_norms: Literal["chi", "sqrt_d"] = "sqrt_d"
+    """Length of a projection row: that of a Gaussian vector (unbiased), or sqrt(head_dim) (SMREG, less variance)."""
+    redraw_every_steps: int = 1000
+    """0 keeps the first draw for good."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneralizedConfig:
+    """Generalized attention, phi(x) = f(W x) + epsilon (Choromanski et al. 2021, eq. 5 and appendix A.4)."""
+
+    kind: Literal["generalized"] = "generalized"
+    function: Literal["relu"] = "relu"
+    projection: Literal["orthogonal", "none"] = "orthogonal"
+    """`none` applies the function to the head vector itself, the released protein_lm's "deterministic" features."""
+    num_features: int = 256
+    """Unused without a projection: there are then head_dim features."""
+    epsilon: float = 1e-3
+    redraw_every_steps: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExactConfig:
+    """Softmax attention, computed exactly by torch's scaled_dot_product_attention: O(residue ** 2) time."""
+
+    kind: Literal["exact"] = "exact"
+
+
+AttentionConfig = FavorConfig | GeneralizedConfig | ExactConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The encoder and its masked-LM head; names as in the paper's (n_heads, n_layers, d_ff, d)."""
+
+    num_layers: int = 6
+    num_heads: int = 8
+    hidden_size: int = 512
+    """d in the paper."""
+    feed_forward_size: int = 2048
+    """d_ff in the paper."""
+    dropout: float = 0.0
+    direction: Direction = "bidirectional"
+    """`bidirectional` is a masked language model, `unidirectional` predicts each next residue from those before."""
+    attention: AttentionConfig = field(default_factory=FavorConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "hidden_size", "feed_forward_size"):
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        _require(
+            self.hidden_size % self.num_heads == 0 and self.head_dim % 2 == 0,
+            "model.hidden_size",
+            self.hidden_size,
+            f"an even multiple of model.num_heads ({self.num_heads}): rotary positions turn pairs of channels",
+        )
+        _require(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "from 0 to below 1")
+        if not isinstance(self.attention, ExactConfig):
+            count, every = self.attention.num_features, self.attention.redraw_every_steps
+            _require(count >= 1, "model.attention.num_features", count, "at least 1")
+            _require(every >= 0, "model.attention.redraw_every_steps", every, "0 (never) or more")
+        if isinstance(self.attention, GeneralizedConfig):
+            _require(self.attention.epsilon > 0, "model.attention.epsilon", self.attention.epsilon, "above 0")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskingConfig:
+    """Which residues are predicted and what the model sees in their place (Devlin et al. 2019, section 3.1)."""
+
+    rate: float = 0.15
+    scheme: Literal["bert", "protein_lm"] = "bert"
+    """Shares of MASK, random residue and unchanged: 80/10/10, or 10/80/10 as the released protein_lm code has it."""
+
+    def __post_init__(self) -> None:
+        _require(0.0 < self.rate <= 1.0, "data.masking.rate", self.rate, "above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """How proteins become rows of tokens."""
+
+    max_residues: int = 1024
+    """Tokens a row (window), EOS of each protein included."""
+    packing: Packing = "attend"
+    """`attend`: proteins chained by EOS and cut into windows, all see all (paper). `isolate`: each sees only itself."""
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    validation_fraction: float = 0.02
+    """Share of proteins, by hash of the sequence, held out when no --val-fasta is given."""
+    max_validation_residues: int = 1_000_000
+    """Validation during training reads at most this many tokens; `evaluate` reads all."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_residues >= 8, "data.max_residues", self.max_residues, "at least 8")
+        _require(
+            0.0 <= self.validation_fraction < 1.0,
+            "data.validation_fraction",
+            self.validation_fraction,
+            "from 0 to below 1",
+        )
+        _require(
+            self.max_validation_residues >= 1,
+            "data.max_validation_residues",
+            self.max_validation_residues,
+            "at least 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """Optimizer, schedule, batch and how often to look up from the work."""
+
+    max_steps: int = 100_000
+    max_time: str | None = None
+    """HH:MM:SS of training in this sitting."""
+    tokens_per_step: int = 65_536
+    """The batch of one optimizer step over all devices, in tokens; whole rows of data.max_residues."""
+    accumulate_batches: int = 1
+    """Rows of a step are worked off in this many parts, to save memory."""
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """After the warm-up: fixed (paper), or a half cosine down to a tenth of the rate at schedule_steps."""
+    schedule_steps: int | None = None
+    """Length of the schedule; max_steps if not given. Stopping earlier does not change the steps before."""
+    warmup_steps: int = 1000
+    weight_decay: float = 0.01
+    """Decoupled (AdamW), and not on biases and norms."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    adam_epsilon: float = 1e-9
+    gradient_clip_norm: float = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 autocast where the device multiplies bf16 in hardware, else fp32."""
+    validate_every_steps: int = 1000
+    log_every_steps: int = 50
+    checkpoint_every_steps: int = 500
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_steps", "tokens_per_step", "accumulate_batches", "validate_every_steps", "log_every_steps",
+            "checkpoint_every_steps",
+        ):  # fmt: skip
+            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
+        _require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "0 or more")
+        _require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
+        _require(self.gradient_clip_norm > 0, "training.gradient_clip_norm", self.gradient_clip_norm, "above 0")
+        if self.schedule_steps is not None:
+            _require(self.schedule_steps >= 1, "training.schedule_steps", self.schedule_steps, "at least 1")
+        if self.max_time is not None:
+            parse_duration(self.max_time, "training.max_time")
+
+    @property
+    def num_schedule_steps(self) -> int:
+        return self.max_steps if self.schedule_steps is None else self.schedule_steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that decides a training run, apart from the data files themselves."""
+
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    FILE_HEADER: ClassVar[str] = "# Resolved configuration of one run; `protformer train --config` reads it again.\n"
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
+
+
+Config = TypeVar("Config")
+
+
+def load_run_config(source: str | None, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a run's configuration.
+
+    `source` is a path, or the name of a built-in configuration such as `tiny`; None gives the defaults. Each override is
+    `dotted.path=value` with the value in YAML. Raises ConfigError.
+    """
+    import yaml
+
+    tree: dict[str, Any] = {}
+    if source is not None:
+        path = find_config(source)
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(loaded, dict | None):
+            raise ConfigError(f"{path}: expected fields and values, found {loaded!r}")
+        tree = loaded or {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return decode(RunConfig, tree)
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML text that `load_run_config` reads to an equal object."""
+    import yaml
+
+    return RunConfig.FILE_HEADER + str(yaml.safe_dump(asdict(config), sort_keys=False))
+
+
+def find_config(source: str) -> Path:
+    """The file behind `--config`: an existing path, or a name among the built-in configurations."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    names = {file.stem: file for file in _builtin_config_folder().glob("*.yaml")}
+    if source in names:
+        return names[source]
+    raise ConfigError(
+        f"--config {source}: no such file, and no built-in configuration of that name (built in: {', '.join(sorted(names))})"
+        + _suggest(source, names)
+    )
+
+
+def decode(kind: type[Config], tree: object, path: str = "") -> Config:
+    """Build the dataclass `kind` from a tree of mappings and scalars, refusing whatever does not fit its declaration."""
+    return typing.cast(Config, _decode_value(kind, tree, path))
+
+
+def parse_duration(text: str, path: str) -> float:
+    """Seconds in `HH:MM:SS`."""
+    parts = text.split(":")
+    if len(parts) == 3 and all(part.isdigit() for part in parts):
+        hours, minutes, seconds = (int(part) for part in parts)
+        if minutes < 60 and seconds < 60 and hours + minutes + seconds > 0:
+            return hours * 3600.0 + minutes * 60.0 + seconds
+    raise ConfigError(f"{path}: {text!r} is not a duration above zero in HH:MM:SS, such as 01:30:00")
+
+
+def override_run(config: RunConfig, *, seed: int | None, **training: object) -> RunConfig:
+    """The same run with another seed and other fields of `training`; None leaves a field as it is."""
+    given: dict[str, Any] = {name: value for name, value in training.items() if value is not None}
+    return replace(config, seed=config.seed if seed is None else seed, training=replace(config.training, **given))
+
+
+def _builtin_config_folder() -> Path:
+    """Inside the installed package, or in the checkout of an editable install."""
+    here = Path(__file__).parent
+    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    import yaml
+
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {override}: expected dotted.path=value, such as model.num_layers=12")
+    *parents, name = path.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {parent} is a value, not a group of fields")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML") from error
+    if name == "kind" and node.get("kind") != value:
+        node.clear()  # the fields of the kind that the file chose do not fit another kind
+    node[name] = value
+
+
+def _decode_value(kind: Any, value: object, path: str) -> object:
+    if is_dataclass(kind):
+        return _decode_dataclass(typing.cast(type, kind), value, path)
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        # YAML reads the bare words no, off, yes and on as booleans; no choice here is one of them.
+        choices = typing.get_args(kind)
+        if value in choices and not isinstance(value, bool):
+            return value
+        raise ConfigError(
+            f"{path}: {value!r} is not one of {', '.join(map(str, choices))}" + _suggest(str(value), map(str, choices))
+        )
+    if origin in (types.UnionType, typing.Union):
+        return _decode_union(typing.get_args(kind), value, path)
+    return _decode_scalar(kind, value, path)
+
+
+def _decode_union(members: tuple[Any, ...], value: object, path: str) -> object:
+    if type(None) in members:
+        if value is None:
+            return None
+        (member,) = (m for m in members if m is not type(None))
+        return _decode_value(member, value, path)
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{path}: {value!r} is not a group of fields such as {{kind: {_tag(members[0])}}}")
+    tags = {_tag(member): member for member in members}
+    tag = value.get("kind", _tag(members[0]))
+    if tag not in tags:
+        raise ConfigError(f"{path}.kind: {tag!r} is not one of {', '.join(tags)}" + _suggest(str(tag), tags))
+    return _decode_dataclass(tags[tag], value, path)
+
+
+def _decode_dataclass(kind: type, value: object, path: str) -> object:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{path or 'the configuration'}: {value!r} is not a group of fields")
+    declared = {f.name: f for f in fields(kind)}
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for name, item in value.items():
+        dotted = f"{path}.{name}" if path else str(name)
+        if name not in declared:
+            raise ConfigError(
+                f"{dotted}: no such field (value {item!r})"
+                + (_suggest(str(name), declared) or f"; fields: {', '.join(declared)}")
+            )
+        arguments[name] = _decode_value(hints[name], item, dotted)
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        missing = [n for n, f in declared.items() if n not in arguments and _has_no_default(f)]
+        raise ConfigError(f"{path or 'the configuration'}: missing {', '.join(missing)}") from error
+
+
+def _decode_scalar(kind: Any, value: object, path: str) -> object:
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is float and not isinstance(value, bool):
+        # PyYAML takes 1e-4 (no dot) for a string.
+        try:
+            number = float(typing.cast(Any, value))
+        except (TypeError, ValueError):
+            number = float("nan")
+        if number == number and abs(number) != float("inf"):
+            return number
+    if kind is str and isinstance(value, str):
+        return value
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    raise ConfigError(f"{path}: {value!r} is not {words.get(kind, kind)}")
+
+
+def _has_no_default(declared: Any) -> bool:
+    from dataclasses import MISSING
+
+    return declared.default is MISSING and declared.default_factory is MISSING
+
+
+def _tag(member: Any) -> str:
+    return str(typing.get_args(typing.get_type_hints(member)["kind"])[0])
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _require(holds: bool, path: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{path}: {value!r} is not allowed; it must be {allowed}")

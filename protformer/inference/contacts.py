@@ -1,0 +1,106 @@
+"""Contact maps of proteins and of concatenated pairs, with no training on structures.
+
+In: a model and one or two `SequenceRecord`s. Out: a `ContactMap`. Two methods:
+
+- `attention`: attention matrices of every layer and head, symmetrised, APC-corrected and averaged. O(residue ** 2) memory.
+- `jacobian`: the categorical Jacobian (Zhang et al. 2024): how the logits at every residue move when a residue is exchanged for
+  each of the 20 amino acids. residue x 20 forward passes; needs no attention matrix.
+
+Two proteins are concatenated as in training, each closed by EOS, in one segment.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from protformer.alphabet import CLS, EOS, RESIDUE_TO_TOKEN, STANDARD_RESIDUES
+from protformer.config import Direction
+from protformer.corpus.fasta import SequenceRecord
+from protformer.corpus.pairs import read_pairs, resolve_pairs
+from protformer.inference.contact_scores import ContactMap, contacts_from_attention, contacts_from_jacobian, unit_scale
+from protformer.inference.session import InferenceSession
+from protformer.model.masked_lm_head import ProteinLanguageModel
+
+ContactMethod = Literal["attention", "jacobian"]
+
+
+@torch.inference_mode()
+def predict_contacts(
+    session: InferenceSession,
+    chains: tuple[SequenceRecord, ...],
+    *,
+    method: ContactMethod,
+    batch_tokens: int,
+) -> ContactMap:
+    """The contact map of one protein, or of several concatenated ones."""
+    tokens, residues = _frame(chains, session.model.config.direction, session.device)
+    with session.autocast():
+        if method == "attention":
+            scores = _attention_scores(session.model, tokens, residues)
+        else:
+            scores = _jacobian_scores(session.model, tokens, residues, batch_tokens)
+    return ContactMap(
+        id="__".join(chain.id for chain in chains),
+        contacts=unit_scale(scores).numpy(),
+        sequence="".join(chain.sequence for chain in chains),
+        chain_lengths=tuple(len(chain) for chain in chains),
+        chain_ids=tuple(chain.id for chain in chains),
+    )
+
+
+def chains_of_pairs(pairs: Path, records: Iterable[SequenceRecord]) -> Iterator[tuple[SequenceRecord, SequenceRecord]]:
+    """The two proteins of each line of a pairs file; all names are looked up before the first pair is given."""
+    listed = read_pairs(pairs)
+    wanted = {name for pair in listed for name in (pair.a, pair.b)}
+    found = {record.id: record for record in records if record.id in wanted}
+    resolve_pairs(listed, found.keys(), pairs)
+    return ((found[pair.a], found[pair.b]) for pair in listed)
+
+
+def _frame(
+    chains: tuple[SequenceRecord, ...], direction: Direction, device: torch.device
+) -> tuple[Int[Tensor, " token"], Int[Tensor, " residue"]]:
+    """Tokens of the row, and the columns of its residues. Unidirectional rows begin with `<cls>`."""
+    pieces = [np.frombuffer(chain.tokens + bytes([EOS]), dtype=np.uint8) for chain in chains]
+    if direction == "unidirectional":
+        pieces.insert(0, np.array([CLS], dtype=np.uint8))
+    row = np.concatenate(pieces).astype(np.int64)
+    columns = np.flatnonzero((row != EOS) & (row != CLS))
+    return torch.from_numpy(row).to(device), torch.from_numpy(columns).to(device)
+
+
+def _attention_scores(
+    model: ProteinLanguageModel, tokens: Int[Tensor, " token"], residues: Int[Tensor, " residue"]
+) -> Float[Tensor, "residue residue"]:
+    """The mean over layers of the mean over heads; every layer has as many heads."""
+    segments = torch.ones_like(tokens)
+    layers = [
+        contacts_from_attention(weights[0][:, residues][:, :, residues].float().cpu())
+        for weights in model.encoder.attention_maps(tokens[None], segments[None])
+    ]
+    return torch.stack(layers).mean(dim=0)
+
+
+def _jacobian_scores(
+    model: ProteinLanguageModel, tokens: Int[Tensor, " token"], residues: Int[Tensor, " residue"], batch_tokens: int
+) -> Float[Tensor, "residue residue"]:
+    amino_acids = torch.tensor([RESIDUE_TO_TOKEN[letter] for letter in STANDARD_RESIDUES], device=tokens.device)
+    # In a unidirectional model the column before a residue predicts it.
+    outputs = residues - 1 if model.config.direction == "unidirectional" else residues
+
+    def logits(rows: Int[Tensor, "row token"]) -> Float[Tensor, "row residue 20"]:
+        hidden = model.encoder(rows, torch.ones_like(rows)).hidden[:, outputs]
+        return model.logits(hidden)[..., amino_acids].float().cpu()
+
+    exchanged = tokens.repeat(len(residues) * 20, 1)
+    changed_column = residues.repeat_interleave(20)
+    exchanged[torch.arange(len(exchanged), device=tokens.device), changed_column] = amino_acids.repeat(len(residues))
+    rows_at_once = max(1, batch_tokens // len(tokens))
+    moved = torch.cat([logits(part) for part in exchanged.split(rows_at_once)])
+    jacobian = (moved - logits(tokens[None])).unflatten(0, (len(residues), 20))
+    return contacts_from_jacobian(jacobian)

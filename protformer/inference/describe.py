@@ -1,0 +1,144 @@
+"""What a file or folder made by protformer holds.
+
+In: a path. Out: a flat mapping of names to values; the first is `kind`. Nothing is loaded but headers and tables.
+"""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from protformer.checkpoint import CONFIG_FILE, read_description
+from protformer.corpus.token_store import MANIFEST_FILE, TokenStore
+from protformer.errors import InputError
+from protformer.inference.embedding_writers import SUFFIXES
+
+Facts = dict[str, object]
+
+
+def describe(path: Path) -> Facts:
+    """The facts about `path`. Raises InputError if it is nothing that protformer makes."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.is_dir():
+        if (path / MANIFEST_FILE).is_file():
+            return _describe_store(path)
+        if (path / "config.yaml").is_file() and (path / "stores.json").is_file():
+            return _describe_run(path)
+        if (path / CONFIG_FILE).is_file():
+            return _describe_model(path)
+    elif path.suffix in SUFFIXES:
+        return {"kind": f"embeddings ({path.suffix[1:]})"} | _EMBEDDING_FILES[path.suffix](path)
+    raise InputError(
+        f"{path}: neither a token store, a model folder, a run folder, nor an embedding file ({', '.join(SUFFIXES)})"
+    )
+
+
+def _describe_store(path: Path) -> Facts:
+    store = TokenStore.open(path)
+    lengths = np.diff(store.offsets) - 1
+    facts: Facts = {
+        "kind": "token store",
+        "proteins": len(store),
+        "residues": store.manifest.num_residues,
+        "sources": ", ".join(Path(source.path).name for source in store.manifest.sources),
+    }
+    if len(store):
+        facts |= {
+            "shortest": int(lengths.min()),
+            "median_length": float(np.median(lengths)),
+            "longest": int(lengths.max()),
+        }
+    return facts
+
+
+def _describe_model(path: Path) -> Facts:
+    description = read_description(path)
+    model, training = description.model, description.training
+    return {
+        "kind": "model",
+        "attention": model.attention.kind,
+        "direction": model.direction,
+        "layers": model.num_layers,
+        "heads": model.num_heads,
+        "hidden_size": model.hidden_size,
+        "feed_forward_size": model.feed_forward_size,
+        "packing": description.packing,
+        "trained_on": ", ".join(training.sources),
+        "steps": training.steps,
+        "tokens_seen": training.tokens_seen,
+        "protformer_version": description.protformer_version,
+    }
+
+
+def _describe_run(path: Path) -> Facts:
+    facts: Facts = {"kind": "run"}
+    if (path / "metrics.csv").is_file():
+        with (path / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            latest: dict[str, str] = {}
+            for row in csv.DictReader(file):
+                latest |= {name: value for name, value in row.items() if value}
+        facts |= {f"latest_{name}": value for name, value in latest.items()}
+    if (path / "model" / CONFIG_FILE).is_file():
+        facts |= {f"model_{name}": value for name, value in _describe_model(path / "model").items() if name != "kind"}
+    return facts
+
+
+def _describe_h5(path: Path) -> Facts:
+    import h5py
+
+    from protformer.inference.hdf5_embeddings import INDEX_GROUP
+
+    try:
+        with h5py.File(path, "r") as file:
+            facts: Facts = {name: _plain(value) for name, value in file.attrs.items()}
+            if INDEX_GROUP in file:
+                facts["proteins"] = len(file[INDEX_GROUP]["id"])
+    except OSError as error:
+        raise InputError(f"{path}: not a readable HDF5 file ({error})") from error
+    return facts
+
+
+def _describe_npy(path: Path) -> Facts:
+    try:
+        matrix = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not a readable .npy file ({error})") from error
+    return {"rows": matrix.shape[0], "features": matrix.shape[-1], "dtype": str(matrix.dtype)}
+
+
+def _describe_parquet(path: Path) -> Facts:
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.read_metadata(path)
+    own = {
+        key.decode(): value.decode() for key, value in (metadata.metadata or {}).items() if not key.startswith(b"ARROW")
+    }
+    return {"proteins": metadata.num_rows} | own
+
+
+def _describe_pt(path: Path) -> Facts:
+    from protformer.checkpoint import load_tensors
+
+    content = load_tensors(path)
+    return {name: _plain(value) for name, value in content.items() if isinstance(value, str | int | float)}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bytes):
+        value = value.decode()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, str) and value.startswith("{"):
+        return ", ".join(f"{name} {item}" for name, item in json.loads(value).items())
+    return value
+
+
+_EMBEDDING_FILES: dict[str, Callable[[Path], Facts]] = {
+    ".h5": _describe_h5,
+    ".npy": _describe_npy,
+    ".parquet": _describe_parquet,
+    ".pt": _describe_pt,
+}

@@ -1,0 +1,165 @@
+"""Embeddings of whole proteins, however long.
+
+In: a model and `SequenceRecord`s. Out: `EmbeddingRecord`s in the order of the input. The mean is over residues only: `<cls>`,
+EOS and padding do not count. Time and memory are linear in the length for linear attention; nothing is cut unless asked for.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from protformer.corpus.fasta import SequenceRecord
+from protformer.errors import ConfigError, InputError
+from protformer.inference.batches import InferenceBatch, chunked, length_sorted_batches
+from protformer.inference.embedding_record import EmbeddingRecord
+from protformer.inference.session import InferenceSession
+from protformer.model.encoder import Encoder
+
+OnLong = Literal["error", "window", "truncate", "skip"]
+Per = Literal["protein", "residue", "both"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LengthLimit:
+    """What to do with proteins of more than `max_length` residues; None is no limit."""
+
+    max_length: int | None = None
+    on_long: OnLong = "error"
+
+
+@dataclass(kw_only=True, slots=True)
+class LengthReport:
+    """How many proteins the limit touched."""
+
+    truncated: int = 0
+    skipped: int = 0
+    windowed: int = 0
+
+    def summary(self) -> str | None:
+        """One line for the user, if there is anything to say."""
+        counts = {"truncated": self.truncated, "skipped": self.skipped, "embedded in windows": self.windowed}
+        told = [f"{count:,} {what}" for what, count in counts.items() if count]
+        return f"proteins above --max-length: {', '.join(told)}" if told else None
+
+
+def resolve_layer(layer: int, num_layers: int) -> int:
+    """Blocks to run for `--layer`: 0 is the token embedding, num_layers or -1 the last layer."""
+    if not -num_layers - 1 <= layer <= num_layers:
+        raise ConfigError(
+            f"--layer {layer}: this model has layers 0 (token embedding) to {num_layers}, or -1 (last) to {-num_layers - 1}"
+        )
+    return layer if layer >= 0 else num_layers + 1 + layer
+
+
+@torch.inference_mode()
+def embed(
+    session: InferenceSession,
+    records: Iterable[SequenceRecord],
+    *,
+    per: Per,
+    layer: int,
+    limit: LengthLimit,
+    report: LengthReport,
+    batch_tokens: int,
+) -> Iterator[EmbeddingRecord]:
+    """Embed each protein; `layer` counts blocks (see `resolve_layer`). Raises InputError for a long one under `error`."""
+    for chunk in chunked(_within_limit(records, limit, report)):
+        hidden: dict[int, Tensor] = {}
+        pieces, owner = _windows(chunk, limit)
+        batches = length_sorted_batches(
+            pieces, max_tokens=batch_tokens, direction=session.model.config.direction, device=session.device
+        )
+        for batch in batches:
+            with session.autocast():
+                hidden.update(_hidden_states(session.model.encoder, batch, layer))
+        for number, record in enumerate(chunk):
+            own = [hidden.pop(i) for i in owner[number]]
+            residues = own[0] if len(own) == 1 else _merge_windows(own, len(record), limit)
+            yield _record(record, residues, per, truncated=_is_truncated(record, limit))
+
+
+def _within_limit(
+    records: Iterable[SequenceRecord], limit: LengthLimit, report: LengthReport
+) -> Iterator[SequenceRecord]:
+    for record in records:
+        if limit.max_length is None or len(record) <= limit.max_length:
+            yield record
+        elif limit.on_long == "error":
+            raise InputError(
+                f"record {record.id!r} (line {record.line}) has {len(record):,} residues, above --max-length"
+                f" {limit.max_length:,}; leave --max-length away to embed it whole, or choose"
+                f" --on-long window, truncate or skip"
+            )
+        elif limit.on_long == "skip":
+            report.skipped += 1
+        elif limit.on_long == "truncate":
+            report.truncated += 1
+            yield record
+        else:
+            report.windowed += 1
+            yield record
+
+
+def _windows(chunk: list[SequenceRecord], limit: LengthLimit) -> tuple[list[SequenceRecord], list[list[int]]]:
+    """What to run the model on, and for each record which of these are its own."""
+    pieces: list[SequenceRecord] = []
+    owner: list[list[int]] = []
+    for record in chunk:
+        starts = _window_starts(len(record), limit)
+        owner.append(list(range(len(pieces), len(pieces) + len(starts))))
+        for start in starts:
+            end = len(record) if limit.max_length is None else start + limit.max_length
+            tokens = record.tokens[start:end]
+            pieces.append(SequenceRecord(id=record.id, header=record.header, tokens=tokens, line=record.line))
+    return pieces, owner
+
+
+def _window_starts(length: int, limit: LengthLimit) -> list[int]:
+    """Windows overlap by half; the last one ends with the protein. Lengths 10 and limit 4: 0 2 4 6."""
+    if limit.max_length is None or length <= limit.max_length or limit.on_long == "truncate":
+        return [0]
+    stride = max(1, limit.max_length // 2)
+    last = length - limit.max_length
+    return [*range(0, last, stride), last]
+
+
+def _merge_windows(
+    windows: list[Float[Tensor, "_ channel"]], length: int, limit: LengthLimit
+) -> Float[Tensor, "residue channel"]:
+    """The mean over the windows that hold a residue."""
+    total = windows[0].new_zeros(length, windows[0].shape[1])
+    count = windows[0].new_zeros(length, 1)
+    for start, window in zip(_window_starts(length, limit), windows, strict=True):
+        total[start : start + len(window)] += window
+        count[start : start + len(window)] += 1
+    return total / count
+
+
+def _hidden_states(encoder: Encoder, batch: InferenceBatch, layer: int) -> dict[int, Float[Tensor, "_ channel"]]:
+    hidden = encoder(batch.tokens, batch.segments, num_layers=layer).hidden.float().cpu()
+    first = batch.first_residue
+    return {
+        place: hidden[row, first : first + len(record)].clone()
+        for row, (place, record) in enumerate(zip(batch.order, batch.records, strict=True))
+    }
+
+
+def _is_truncated(record: SequenceRecord, limit: LengthLimit) -> bool:
+    return limit.on_long == "truncate" and limit.max_length is not None and len(record) > limit.max_length
+
+
+def _record(
+    record: SequenceRecord, residues: Float[Tensor, "residue channel"], per: Per, *, truncated: bool
+) -> EmbeddingRecord:
+    return EmbeddingRecord(
+        id=record.id,
+        header=record.header,
+        length=len(record),
+        truncated=truncated,
+        residue=residues.numpy() if per in ("residue", "both") else None,
+        protein=residues.mean(dim=0).numpy() if per in ("protein", "both") else None,
+    )

@@ -1,0 +1,187 @@
+"""Embeddings as HDF5: one dataset a protein, named by its escaped id, and a table of all in `%index`.
+
+    /ID                 (residue, feature) or (feature,)       --per residue, --per protein
+    /residue/ID, /protein/ID                                   --per both
+    /%index/{id,header,length,truncated}                       one entry a protein, in input order
+
+Attributes of the file: `format`, `format_version`, `per`, `dtype`, and `model`, a JSON object. Groups list
+their members in the order of writing. Memory is constant. An interrupted file is resumed from its last commit
+(see `journaled_file`); commits come every few seconds, so at most that much work is lost.
+"""
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import unquote
+
+import h5py
+import numpy as np
+
+from protformer.errors import OutputError
+from protformer.inference.embedding_record import (
+    EmbeddingDtype,
+    EmbeddingRecord,
+    EmbeddingWriter,
+    Per,
+    partial_path,
+)
+from protformer.inference.journaled_file import JournaledFile, roll_back
+
+INDEX_GROUP = "%index"
+"""No escaped id has this name: there, `%` is always followed by two hexadecimal digits."""
+
+# Since 1.8, HDF5 keeps the order of a group and adds to it without rewriting it. Since 1.10, it marks a file
+# as being written, and refuses it after a crash; the journal already takes care of that.
+_HDF5_VERSIONS = ("v108", "v108")
+
+_INDEX_CHUNK = 1024
+
+
+def escape_id(protein_id: str) -> str:
+    """The name of a protein's dataset: its id with `/`, NUL, and a whole `.` or `..` percent-encoded."""
+    if protein_id in (".", ".."):
+        return protein_id.replace(".", "%2E")
+    return re.sub("[%/\0]", lambda match: f"%{ord(match[0]):02X}", protein_id)
+
+
+def unescape_id(name: str) -> str:
+    """The id behind a dataset's name."""
+    return unquote(name, errors="strict")
+
+
+class Hdf5EmbeddingWriter(EmbeddingWriter):
+    """The only writer that resumes. `commit_seconds` is the longest time of work that a kill can cost."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        per: Per,
+        dtype: EmbeddingDtype,
+        description: Mapping[str, object],
+        resume: bool,
+        commit_seconds: float = 5.0,
+    ) -> None:
+        super().__init__(path, per=per, dtype=dtype, description=description)
+        self._commit_seconds = commit_seconds
+        self._uncommitted: list[EmbeddingRecord] = []
+        fresh = not (resume and self._prepare_resume())
+        if fresh:
+            self._partial.unlink(missing_ok=True)
+        self._journaled = JournaledFile(self._partial, create=fresh)
+        self._file = h5py.File(
+            self._journaled,
+            "w" if fresh else "r+",
+            libver=_HDF5_VERSIONS,
+            track_order=True if fresh else None,
+        )
+        if fresh:
+            self._create_layout()
+        self._done = frozenset(self._file[INDEX_GROUP]["id"].asstr()[:].tolist())
+        self._commit()
+
+    def done_ids(self) -> frozenset[str]:
+        return self._done
+
+    def _append(self, record: EmbeddingRecord) -> None:
+        for part, values in (("residue", record.residue), ("protein", record.protein)):
+            if values is None:
+                continue
+            group = self._file[part] if self._per == "both" else self._file
+            name = escape_id(record.id)
+            if name in group:
+                raise OutputError(f"{self._path}: {record.id!r} is in the file already; ids must be unique")
+            group.create_dataset(name, data=values)
+        # Without its arrays, which the file has by now, a record is its row of the index.
+        self._uncommitted.append(
+            EmbeddingRecord(id=record.id, header=record.header, length=record.length, truncated=record.truncated)
+        )
+        if time.monotonic() - self._committed_at >= self._commit_seconds:
+            self._commit()
+
+    def _finish(self) -> None:
+        self._commit()
+        self._file.close()
+        self._journaled.close(keep_journal=False)
+
+    def _abandon(self) -> None:
+        # Should this fail as well (a full disk), the journal puts the file back to its last commit.
+        with contextlib.suppress(OSError):
+            self._commit()
+        with contextlib.suppress(OSError, RuntimeError):
+            self._file.close()
+        self._journaled.close(keep_journal=True)
+
+    def _commit(self) -> None:
+        rows, self._uncommitted = self._uncommitted, []
+        index = self._file[INDEX_GROUP]
+        for column in ("id", "header", "length", "truncated") if rows else ():
+            dataset = index[column]
+            old_size = len(dataset)
+            dataset.resize(old_size + len(rows), axis=0)
+            dataset[old_size:] = [getattr(row, column) for row in rows]
+        self._file.flush()
+        self._journaled.commit()
+        self._committed_at = time.monotonic()
+
+    def _create_layout(self) -> None:
+        for name, value in self._described().items():
+            self._file.attrs[name] = json.dumps(value) if name == "model" else value
+        if self._per == "both":
+            self._file.create_group("residue", track_order=True)
+            self._file.create_group("protein", track_order=True)
+        index = self._file.create_group(INDEX_GROUP)
+        columns = {
+            "id": h5py.string_dtype(),
+            "header": h5py.string_dtype(),
+            "length": np.int64,
+            "truncated": bool,
+        }
+        for name, dtype in columns.items():
+            index.create_dataset(name, shape=(0,), maxshape=(None,), chunks=(_INDEX_CHUNK,), dtype=dtype)
+
+    def _prepare_resume(self) -> bool:
+        """Whether there is a file to go on with, put back to its last commit and under its partial name."""
+        if self._partial.exists():
+            roll_back(self._partial)
+            if self._partial.stat().st_size == 0:
+                return False
+        if not (self._path.exists() or self._partial.exists()):
+            return False
+        if self._path.exists() and self._partial.exists():
+            raise OutputError(
+                f"both {self._path} and {self._partial.name} exist; delete one of them to resume the other"
+            )
+        source = self._path if self._path.exists() else self._partial
+        self._check_same_run(source)
+        os.replace(source, self._partial)
+        return True
+
+    def _check_same_run(self, source: Path) -> None:
+        """Raise OutputError unless the file was begun with the model and options of this run."""
+        try:
+            with h5py.File(source, "r") as file:
+                found = {name: file.attrs.get(name) for name in self._described()}
+        except OSError as error:
+            raise OutputError(f"{source}: damaged, cannot be resumed ({error}); delete it and start anew") from error
+        if found["format"] is None:
+            raise OutputError(f"{source}: not written by protformer embed; choose another --out")
+        found["model"] = json.loads(found["model"])
+        asked = json.loads(json.dumps(self._described()))
+        for name, value in {**asked, **asked["model"]}.items():
+            old = found[name] if name in found else found["model"].get(name)
+            if old != value and name != "model":
+                raise OutputError(
+                    f"{source}: was begun with {name} {old}, not {value}; resume with the same, or delete it"
+                )
+
+
+def refuse_leftover(path: Path) -> None:
+    """Raise OutputError where an interrupted run left work that a fresh start would throw away."""
+    partial = partial_path(path)
+    if partial.exists():
+        raise OutputError(f"{partial}: left by an interrupted run; go on with --resume, or delete it")

@@ -1,0 +1,61 @@
+"""A model ready to compute: loaded, placed, with the precision that was asked for.
+
+In: a model path and what the user wants of the device. Out: an `InferenceSession`. What cannot be honoured fails here, before
+sequences are read.
+"""
+
+import hashlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from protformer import __version__
+from protformer.checkpoint import WEIGHTS_FILE, ModelDescription, find_model_folder, load_model
+from protformer.device import choose_device, choose_precision
+from protformer.model.masked_lm_head import ProteinLanguageModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InferenceSession:
+    """A model in evaluation mode on its device."""
+
+    model: ProteinLanguageModel
+    description: ModelDescription
+    device: torch.device
+    dtype: torch.dtype
+    """Of matrix products; float32 unless bf16 was asked for or the device is a GPU."""
+    provenance: dict[str, object]
+    """What made the results: name of the model, hash of its weights, version of the program."""
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+def open_session(path: Path, *, device: str, precision: str) -> InferenceSession:
+    """Load the model in `path`. `auto` precision is float32 on a CPU, so that results agree between machines."""
+    torch_device = choose_device(device)
+    automatic = "auto" if torch_device.type == "cuda" else "fp32"
+    dtype = choose_precision(automatic if precision == "auto" else precision, torch_device)
+    model, description = load_model(path, torch_device)
+    folder = find_model_folder(path)
+    return InferenceSession(
+        model=model,
+        description=description,
+        device=torch_device,
+        dtype=dtype,
+        provenance={
+            "model": folder.resolve().parent.name if folder.name == "model" else folder.resolve().name,
+            "weights_sha256": _sha256(folder / WEIGHTS_FILE),
+            "protformer_version": __version__,
+        },
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,140 @@
+"""The encoder: token embedding, pre-LN blocks of rotary attention and a GELU feed-forward, a final LayerNorm.
+
+In: tokens and segments of a batch of rows. Out: hidden states. The kind of attention is a plug
+(`protformer.attention`); projections, rotary positions and dropout live here once for all kinds. The time is linear in
+the length for linear kinds.
+
+Source: pre-LN Transformer (Xiong et al. 2020), as in ESM-2 and in the released protein_lm; rotary positions (Su et al. 2021)
+instead of the paper's learned absolute ones, so that no longest length is built in.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from protformer.alphabet import NUM_TOKENS, PAD
+from protformer.attention import build_attention
+from protformer.config import ModelConfig
+from protformer.model.rotary import positions_in_segments, rotary_angles, rotate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderOutput:
+    """What the encoder gives for a batch of rows."""
+
+    hidden: Float[Tensor, "batch residue channel"]
+    """Hidden states; those of all layers went through the final LayerNorm."""
+
+
+class Encoder(nn.Module):
+    """A stack of attention and feed-forward blocks over rows of tokens."""
+
+    def __init__(self, config: ModelConfig, *, seed: int) -> None:
+        """`seed` decides the random features of linear attention, not the weights (those follow torch's generator)."""
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(NUM_TOKENS, config.hidden_size, padding_idx=PAD)
+        self.blocks = nn.ModuleList(Block(config, layer=layer, seed=seed) for layer in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch residue"],
+        segments: Int[Tensor, "batch residue"],
+        *,
+        num_layers: int | None = None,
+    ) -> EncoderOutput:
+        """Hidden states after `num_layers` blocks (default all; fewer blocks are not followed by the final norm)."""
+        depth = self.config.num_layers if num_layers is None else num_layers
+        x, angles = self._embed(tokens, segments)
+        for block in list(self.blocks)[:depth]:
+            x = block(x, angles, segments)
+        return EncoderOutput(hidden=self.final_norm(x) if depth == self.config.num_layers else x)
+
+    def attention_maps(
+        self, tokens: Int[Tensor, "batch residue"], segments: Int[Tensor, "batch residue"]
+    ) -> Iterator[Float[Tensor, "batch head residue residue"]]:
+        """The attention matrices of each layer in turn: O(residue ** 2) memory, for one layer at a time."""
+        x, angles = self._embed(tokens, segments)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block.attention.weights(*block.queries_keys_values(x, angles)[:2], segments)
+            x = block(x, angles, segments)
+
+    def redraw_features(self, step: int) -> None:
+        """Let every layer draw new random features if its schedule says so after `step` optimizer steps."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attention.redraw(step)
+
+    def _embed(self, tokens: Tensor, segments: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        angles = rotary_angles(positions_in_segments(segments), self.config.head_dim)
+        return self.dropout(self.embedding(tokens)), angles
+
+
+class Block(nn.Module):
+    """x + Attention(LN(x)), then x + FeedForward(LN(x))."""
+
+    def __init__(self, config: ModelConfig, *, layer: int, seed: int) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.num_heads = config.num_heads
+        self.attention_norm = nn.LayerNorm(size)
+        self.query_key_value = nn.Linear(size, 3 * size)
+        self.attention = build_attention(
+            config.attention,
+            head_dim=config.head_dim,
+            num_heads=config.num_heads,
+            causal=config.direction == "unidirectional",
+            seed=seed,
+            layer=layer,
+        )
+        self.attention_output = nn.Linear(size, size)
+        self.feed_forward_norm = nn.LayerNorm(size)
+        self.feed_forward_input = nn.Linear(size, config.feed_forward_size)
+        self.feed_forward_output = nn.Linear(config.feed_forward_size, size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch residue channel"],
+        angles: tuple[Tensor, Tensor],
+        segments: Int[Tensor, "batch residue"],
+    ) -> Float[Tensor, "batch residue channel"]:
+        q, k, v = self.queries_keys_values(x, angles)
+        attended = self.attention(q, k, v, segments).transpose(1, 2).flatten(2)
+        x = x + self.dropout(self.attention_output(attended))
+        inner = F.gelu(self.feed_forward_input(self.feed_forward_norm(x)))
+        x = x + self.dropout(self.feed_forward_output(inner))
+        return x
+
+    def queries_keys_values(
+        self, x: Float[Tensor, "batch residue channel"], angles: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries, rotated keys and values, each (batch, head, residue, head_dim)."""
+        projected = self.query_key_value(self.attention_norm(x))
+        q, k, v = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return rotate(q, *angles), rotate(k, *angles), v
+
+
+@torch.no_grad()
+def initialize_weights(module: nn.Module, *, num_layers: int) -> None:
+    """Draw the weights: normal with std 0.02, and less by sqrt(2 layers) where a block adds to the residual stream.
+
+    Source: GPT-2 (Radford et al. 2019, section 2.3). Biases are zero, norms the identity.
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Linear):
+            into_residual = name.endswith(("attention_output", "feed_forward_output"))
+            nn.init.normal_(child.weight, std=0.02 / (2 * num_layers) ** 0.5 if into_residual else 0.02)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.Embedding):
+            nn.init.normal_(child.weight, std=0.02)
+            if child.padding_idx is not None:
+                child.weight[child.padding_idx].zero_()

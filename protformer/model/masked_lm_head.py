@@ -1,0 +1,52 @@
+"""The head that turns hidden states into logits over the 33 tokens, and the whole language model around it.
+
+In: hidden states. Out: logits. The same head serves the masked (bidirectional) and the next-residue (unidirectional) task:
+what differs is what the inputs show and which targets are asked for. Its shape is that of BERT and ESM: dense, GELU, LayerNorm,
+then the transposed token embedding with a bias of its own (Devlin et al. 2019).
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from protformer.alphabet import NUM_TOKENS
+from protformer.config import ModelConfig
+from protformer.model.encoder import Encoder, initialize_weights
+
+
+class MaskedLmHead(nn.Module):
+    """Logits from hidden states, with the token embedding as the last matrix."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.bias = nn.Parameter(torch.zeros(NUM_TOKENS))
+
+    def forward(
+        self, hidden: Float[Tensor, "*batch channel"], embedding: Float[Tensor, "token channel"]
+    ) -> Float[Tensor, "*batch token"]:
+        return F.linear(self.norm(F.gelu(self.dense(hidden))), embedding, self.bias)
+
+
+class ProteinLanguageModel(nn.Module):
+    """Encoder and head: what a model folder holds."""
+
+    def __init__(self, config: ModelConfig, *, seed: int) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, seed=seed)
+        self.head = MaskedLmHead(config.hidden_size)
+        initialize_weights(self, num_layers=config.num_layers)
+
+    def forward(
+        self, tokens: Int[Tensor, "batch residue"], segments: Int[Tensor, "batch residue"]
+    ) -> Float[Tensor, "batch residue token"]:
+        """Logits of every position."""
+        return self.logits(self.encoder(tokens, segments).hidden)
+
+    def logits(self, hidden: Float[Tensor, "*batch channel"]) -> Float[Tensor, "*batch token"]:
+        """Logits of chosen hidden states, so that a loss on a few positions pays for those only."""
+        logits: Tensor = self.head(hidden, self.encoder.embedding.weight)
+        return logits

@@ -1,0 +1,170 @@
+"""Token stores to training batches: one of the two places where NumPy becomes torch.
+
+In: a training store, perhaps a validation store, and the run's configuration. Out: `TrainingBatch`es without end, each with the
+position behind it. What was consumed, not what was prefetched, is the state that a checkpoint keeps.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from protformer.alphabet import FIRST_RESIDUE, LAST_RESIDUE
+from protformer.config import RunConfig
+from protformer.corpus.evaluation_rows import evaluation_rows
+from protformer.corpus.masking import IGNORE, MaskedRow, mask_row, shift_row
+from protformer.corpus.packing import RowPacking, SamplerPosition, build_packing, endless_rows
+from protformer.corpus.token_store import TokenStore
+from protformer.evaluation.masked_lm import MaskedBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingBatch:
+    """Rows for one forward and backward pass on one device."""
+
+    masked: MaskedBatch
+    number: int
+    """Batches of this rank since the start of the run, this one included."""
+    num_tokens: int
+    num_residues: int
+    num_asked: int
+    """Tokens that are no padding; residues among them; positions with a target."""
+    after: SamplerPosition
+    """Where the stream of rows stands behind this batch."""
+
+    def to(self, device: torch.device) -> "TrainingBatch":
+        return replace(self, masked=self.masked.to(device))
+
+
+class ProteinDataModule(pl.LightningDataModule):
+    """Feeds one rank from the token stores."""
+
+    def __init__(
+        self,
+        train_store: TokenStore,
+        validation_store: TokenStore | None,
+        config: RunConfig,
+        *,
+        batch_rows: int,
+    ) -> None:
+        """`batch_rows` is the number of rows a device works off at once."""
+        super().__init__()
+        self.train_store, self.validation_store = train_store, validation_store
+        self.config = config
+        self.batch_rows = batch_rows
+        self.position = SamplerPosition()
+        self.num_batches = 0
+
+    def train_dataloader(self) -> DataLoader[TrainingBatch]:
+        trainer = self.trainer
+        assert trainer is not None
+        packing = build_packing(
+            self.config.data.packing,
+            self.train_store,
+            max_residues=self.config.data.max_residues,
+            seed=self.config.seed,
+        )
+        stream = BatchStream(
+            packing,
+            self.config,
+            batch_rows=self.batch_rows,
+            start=self.position,
+            num_batches=self.num_batches,
+            rank=trainer.global_rank,
+            num_ranks=trainer.world_size,
+        )
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        return DataLoader(stream, batch_size=None, num_workers=int(on_gpu), pin_memory=on_gpu)
+
+    def validation_batches(self, *, rank: int, num_ranks: int) -> Iterator[MaskedBatch]:
+        """Each held-out protein alone, MASK at every selected position; up to data.max_validation_residues tokens."""
+        store = self.validation_store
+        if store is None:
+            return
+        rows = evaluation_rows(
+            (store.protein(i) for i in validation_proteins(store, self.config.data.max_validation_residues)),
+            direction=self.config.model.direction,
+            rate=self.config.data.masking.rate,
+            max_tokens=max(self.config.data.max_residues, 16_384),
+        )
+        for row in islice(rows, rank, None, num_ranks):
+            yield to_masked_batch(row)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": asdict(self.position), "num_batches": self.num_batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.position = SamplerPosition(**state_dict["position"])
+        self.num_batches = state_dict["num_batches"]
+
+    def consumed(self, batch: TrainingBatch) -> None:
+        """Note that a batch was trained on; a checkpoint now goes on behind it."""
+        self.position, self.num_batches = batch.after, batch.number
+
+
+class BatchStream(IterableDataset[TrainingBatch]):
+    """Masked (or shifted) rows in batches, from a position on, without end."""
+
+    def __init__(
+        self,
+        packing: RowPacking,
+        config: RunConfig,
+        *,
+        batch_rows: int,
+        start: SamplerPosition,
+        num_batches: int,
+        rank: int,
+        num_ranks: int,
+    ) -> None:
+        super().__init__()
+        self.packing, self.config, self.batch_rows = packing, config, batch_rows
+        self.start, self.num_batches = start, num_batches
+        self.rank, self.num_ranks = rank, num_ranks
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        rows = endless_rows(self.packing, self.start, rank=self.rank, num_ranks=self.num_ranks)
+        number = self.num_batches
+        while True:
+            number += 1
+            chosen = list(islice(rows, self.batch_rows))
+            if self.config.model.direction == "unidirectional":
+                masked = [shift_row(row) for row, _, _ in chosen]
+            else:
+                masked = [mask_row(row, self.config.data.masking, generator) for row, generator, _ in chosen]
+            tokens = np.stack([row.tokens for row, _, _ in chosen])
+            stacked = _stack(masked)
+            yield TrainingBatch(
+                masked=to_masked_batch(stacked),
+                number=number,
+                num_tokens=int((stacked.segments > 0).sum()),
+                num_residues=int(((tokens >= FIRST_RESIDUE) & (tokens <= LAST_RESIDUE)).sum()),
+                num_asked=int((stacked.targets != IGNORE).sum()),
+                after=chosen[-1][2],
+            )
+
+
+def to_masked_batch(rows: MaskedRow) -> MaskedBatch:
+    """Arrays (batch, residue) as int64 tensors."""
+    return MaskedBatch(
+        inputs=torch.from_numpy(rows.inputs.astype(np.int64)),
+        targets=torch.from_numpy(rows.targets.astype(np.int64)),
+        segments=torch.from_numpy(rows.segments.astype(np.int64)),
+    )
+
+
+def validation_proteins(store: TokenStore, max_residues: int) -> range:
+    """Every k-th protein of the store, k the least that keeps them near `max_residues` tokens."""
+    return range(0, len(store), max(1, -(-store.num_tokens // max_residues)))
+
+
+def _stack(rows: list[MaskedRow]) -> MaskedRow:
+    return MaskedRow(
+        inputs=np.stack([row.inputs for row in rows]),
+        targets=np.stack([row.targets for row in rows]),
+        segments=np.stack([row.segments for row in rows]),
+    )

@@ -1,0 +1,227 @@
+"""One training run, from FASTA to model folder.
+
+In: a `RunConfig`, FASTA files and a run folder. Out: a `RunSummary`, and the files that `run_folder` lists. A run that was
+stopped or killed goes on from its last checkpoint with the very numbers it would have had.
+"""
+
+import logging
+import math
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from protformer.checkpoint import ModelDescription, TrainingProvenance, save_model
+from protformer.config import RunConfig, parse_duration
+from protformer.corpus.token_store import TokenStore
+from protformer.device import choose_device, choose_precision, make_deterministic
+from protformer.errors import ConfigError, InputError, InterruptedRunError
+from protformer.evaluation.figures import plot_training_curves
+from protformer.evaluation.masked_lm import MaskedLmScores, evaluate_masked_lm
+from protformer.model.masked_lm_head import ProteinLanguageModel
+from protformer.training.callbacks import (
+    Checkpointing,
+    ConsumedPosition,
+    MetricsLog,
+    Progress,
+    StepRandomness,
+    StopRequest,
+)
+from protformer.training.datamodule import ProteinDataModule
+from protformer.training.masked_lm import MaskedLmTask
+from protformer.training.run_folder import RunFolder, read_metrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSummary:
+    """What a finished run has to say."""
+
+    steps: int
+    tokens_seen: int
+    residues_seen: int
+    scores: MaskedLmScores | None
+    """On the held-out proteins, MASK at every selected position; None if nothing is held out."""
+    model_folder: Path
+
+
+def train(
+    config: RunConfig,
+    run: RunFolder,
+    *,
+    device: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    quiet: bool = False,
+) -> RunSummary:
+    """Train until training.max_steps, from the run's last checkpoint if it has one.
+
+    Both token stores must be in the run folder already. Raises InterruptedRunError after a signal, with the state saved.
+    """
+    torch_device = choose_device(device)
+    precision = choose_precision(config.training.precision, torch_device)
+    batch_rows = rows_per_batch(config, num_ranks=devices * num_nodes)
+    make_deterministic()
+    stores = run.load_stores()
+    train_store = TokenStore.open(stores.train)
+    validation_store = None if stores.validation is None else TokenStore.open(stores.validation)
+    torch.manual_seed(config.seed)
+    task = MaskedLmTask(ProteinLanguageModel(config.model, seed=config.seed), config.training)
+    datamodule = ProteinDataModule(train_store, validation_store, config, batch_rows=batch_rows)
+    description = partial(_describe, config, train_store)
+    metrics = MetricsLog(
+        run,
+        log_every_steps=config.training.log_every_steps,
+        validate_every_steps=config.training.validate_every_steps,
+        validate=partial(_validate, datamodule, description(0, 0).unigram_frequencies),
+        redraw_curves=partial(_draw_curves, run),
+    )
+    checkpointing = Checkpointing(
+        run,
+        every_steps=config.training.checkpoint_every_steps,
+        save_model=lambda task, step: save_model(run.model, task.model, description(step, metrics.tokens_seen)),
+    )
+    max_time = config.training.max_time
+    stop = StopRequest(
+        checkpointing, max_seconds=None if max_time is None else parse_duration(max_time, "training.max_time")
+    )
+    callbacks: list[pl.Callback] = [
+        StepRandomness(config.seed),
+        ConsumedPosition(datamodule),
+        metrics,
+        checkpointing,
+    ]
+    if not quiet:
+        callbacks.append(Progress(metrics, max_steps=config.training.max_steps))
+    with _lightning_kept_quiet():
+        trainer = pl.Trainer(
+            accelerator={"cuda": "gpu"}.get(torch_device.type, torch_device.type),
+            devices=devices,
+            num_nodes=num_nodes,
+            precision="bf16-mixed" if precision == torch.bfloat16 else "32-true",
+            max_steps=config.training.max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=config.training.accumulate_batches,
+            gradient_clip_val=config.training.gradient_clip_norm,
+            callbacks=[*callbacks, stop],
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        _fit(trainer, task, datamodule, run, stop)
+        if stop.signal_name is None:
+            metrics.finish(trainer, task)
+        checkpointing.save(trainer, task)
+    if stop.signal_name is not None:
+        raise InterruptedRunError(
+            f"stopped by {stop.signal_name} after step {trainer.global_step}; the state is saved in {run.checkpoint};"
+            f" add --resume to go on"
+        )
+    return RunSummary(
+        steps=trainer.global_step,
+        tokens_seen=metrics.tokens_seen,
+        residues_seen=metrics.residues_seen,
+        scores=metrics.scores,
+        model_folder=run.model,
+    )
+
+
+def rows_per_batch(config: RunConfig, *, num_ranks: int) -> int:
+    """Rows that one device works off at once; an error if training.tokens_per_step does not divide into them."""
+    unit = config.data.max_residues * config.training.accumulate_batches * num_ranks
+    tokens = config.training.tokens_per_step
+    if tokens % unit:
+        raise ConfigError(
+            f"training.tokens_per_step: {tokens} is not a multiple of data.max_residues ({config.data.max_residues}) x"
+            f" training.accumulate_batches ({config.training.accumulate_batches}) x devices ({num_ranks}) = {unit};"
+            f" the nearest is {max(1, round(tokens / unit)) * unit}"
+        )
+    return tokens // unit
+
+
+def _fit(
+    trainer: pl.Trainer, task: MaskedLmTask, datamodule: ProteinDataModule, run: RunFolder, stop: StopRequest
+) -> None:
+    checkpoint = run.checkpoint if run.checkpoint.exists() else None
+    with stop.listening():
+        trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+
+
+def _describe(config: RunConfig, store: TokenStore, steps: int, tokens_seen: int) -> ModelDescription:
+    manifest = store.manifest
+    return ModelDescription(
+        packing=config.data.packing,
+        model=config.model,
+        training=TrainingProvenance(
+            sources=[Path(source.path).name for source in manifest.sources],
+            num_proteins=manifest.num_proteins,
+            num_residues=manifest.num_residues,
+            steps=steps,
+            tokens_seen=tokens_seen,
+            seed=config.seed,
+            max_residues=config.data.max_residues,
+            masking_rate=config.data.masking.rate,
+            masking_scheme=config.data.masking.scheme,
+        ),
+        residue_counts=list(manifest.residue_counts),
+    )
+
+
+def _validate(
+    datamodule: ProteinDataModule, frequencies: torch.Tensor, trainer: pl.Trainer, task: MaskedLmTask
+) -> MaskedLmScores | None:
+    if datamodule.validation_store is None:
+        return None
+    task.model.eval()
+    with trainer.strategy.precision_plugin.forward_context():
+        batches = (batch.to(task.device) for batch in datamodule.validation_batches(rank=0, num_ranks=1))
+        scores = evaluate_masked_lm(task.model, batches, frequencies)
+    task.model.train()
+    if scores is not None and not math.isfinite(scores.perplexity):
+        raise InputError(
+            "validation gave a perplexity that is not finite: the run has diverged; lower the learning rate"
+        )
+    return scores
+
+
+def _draw_curves(run: RunFolder, path: Path) -> None:
+    rows = read_metrics(run.metrics)
+    trained = [row for row in rows if row["train_loss"]]
+    validated = [row for row in rows if row["val_loss"]]
+
+    def column(chosen: list[dict[str, str]], name: str) -> list[float]:
+        return [float(row[name]) for row in chosen]
+
+    plot_training_curves(
+        train_steps=column(trained, "step"),
+        train_loss=column(trained, "train_loss"),
+        val_steps=column(validated, "step"),
+        val_loss=column(validated, "val_loss"),
+        val_perplexity=column(validated, "val_perplexity"),
+        val_accuracy=column(validated, "val_accuracy"),
+        unigram_perplexity=float(validated[-1]["unigram_perplexity"]) if validated else None,
+        unigram_accuracy=float(validated[-1]["unigram_accuracy"]) if validated else None,
+        path=path,
+    )
+
+
+@contextmanager
+def _lightning_kept_quiet() -> Any:
+    """Silence advice that does not apply: data come from memory maps, and the number of workers is chosen."""
+    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+    before = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
+    for logger, _ in before:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+        yield
+    for logger, level in before:
+        logger.setLevel(level)

@@ -1,0 +1,218 @@
+"""From what the user typed to a training run: configuration, token stores, resume.
+
+In: a `RunRequest`. Out: the closing summary as text. Everything that can be wrong with the request is said before data are read;
+a run folder appears only with its first content.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from protformer.config import RunConfig, dump_yaml, load_run_config, override_run
+from protformer.corpus.splits import build_split_stores
+from protformer.corpus.token_store import TokenStore, build_token_store
+from protformer.device import choose_device
+from protformer.errors import ConfigError, InputError, OutputError
+from protformer.evaluation.masked_lm import MaskedLmScores
+from protformer.training.fit import RunSummary, rows_per_batch, train
+from protformer.training.run_folder import RunFolder, StorePaths, write_whole
+
+RESUMABLE_CHANGES = frozenset(
+    f"training.{name}"
+    for name in (
+        "max_steps",
+        "max_time",
+        "validate_every_steps",
+        "log_every_steps",
+        "checkpoint_every_steps",
+        "precision",
+    )
+)
+"""Fields that may differ on a resume: they do not change what is learned, or only by rounding."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRequest:
+    """The options of `protformer train`."""
+
+    fasta: tuple[str, ...]
+    out: Path
+    config_source: str | None
+    overrides: tuple[str, ...]
+    validation_fasta: str | None
+    max_steps: int | None
+    max_time: str | None
+    devices: int
+    num_nodes: int
+    seed: int | None
+    resume: bool
+    device: str
+    quiet: bool
+
+
+class Console(Protocol):
+    """How a command talks while it works."""
+
+    def byte_progress(self, sources: Sequence[str]) -> AbstractContextManager[Callable[[int], None]]:
+        """Gives a function that takes the number of bytes read since its last call."""
+
+    def tell(self, line: str | None) -> None:
+        """One line for the user, if there is one."""
+
+
+def run_training(request: RunRequest, console: Console) -> str:
+    """Train as requested; the closing summary."""
+    run = RunFolder(request.out)
+    is_new = _check_folder(run, resume=request.resume)
+    config = _resolve_config(request, None if is_new else load_run_config(str(run.config)))
+    choose_device(request.device)
+    rows_per_batch(config, num_ranks=request.devices * request.num_nodes)
+    if is_new:
+        _prepare_stores(request, run, config, console)
+    else:
+        _check_sources(request, run)
+    write_whole(run.config, lambda partial: partial.write_text(dump_yaml(config), encoding="utf-8"))
+    summary = train(
+        config,
+        run,
+        device=request.device,
+        devices=request.devices,
+        num_nodes=request.num_nodes,
+        quiet=request.quiet,
+    )
+    return describe_summary(summary)
+
+
+def describe_summary(summary: RunSummary) -> str:
+    """The closing lines of a run."""
+    lines = [f"{summary.steps:,} steps, {summary.residues_seen:,} residues seen ({summary.tokens_seen:,} tokens)"]
+    if summary.scores is not None:
+        lines += _compare(summary.scores)
+    else:
+        lines.append("nothing was held out, so there is no validation")
+    lines.append(f"model: {summary.model_folder}")
+    return "\n".join(lines)
+
+
+def _compare(scores: MaskedLmScores) -> list[str]:
+    gain, error = scores.log_likelihood_gain, scores.log_likelihood_gain_standard_error
+    return [
+        f"held-out proteins, {scores.num_masked:,} residues asked for:",
+        f"  perplexity {scores.perplexity:6.3f}   unigram baseline {scores.baseline_perplexity:6.3f}",
+        f"  accuracy   {scores.accuracy:6.2%}   unigram baseline {scores.baseline_accuracy:6.2%}",
+        f"  {gain:+.4f} +- {error:.4f} nats a residue better than the baseline (mean and standard error over proteins)",
+    ]
+
+
+def _check_folder(run: RunFolder, *, resume: bool) -> bool:
+    """Whether the run is to be made anew."""
+    exists = run.root.exists() and (not run.root.is_dir() or any(run.root.iterdir()))
+    if exists and not resume:
+        raise OutputError(f"{run.root}: exists already; choose another --out, or add --resume to go on with it")
+    if resume and not run.config.is_file():
+        raise InputError(f"{run.root}: no run to resume here (no config.yaml)")
+    return not exists
+
+
+def _resolve_config(request: RunRequest, stored: RunConfig | None) -> RunConfig:
+    """The run's configuration; on a resume, that of the stored run unless the request asks for another."""
+    if stored is not None and request.config_source is None and not request.overrides:
+        config = stored
+    else:
+        config = load_run_config(request.config_source, request.overrides)
+    # --max-steps says where to stop; the schedule keeps the length that the configuration gave it.
+    config = override_run(
+        config,
+        seed=request.seed,
+        schedule_steps=config.training.num_schedule_steps,
+        max_steps=request.max_steps,
+        max_time=request.max_time,
+    )
+    if stored is not None:
+        before, now = _flatten(asdict(stored)), _flatten(asdict(config))
+        for path in sorted(before.keys() | now.keys()):
+            if before.get(path) != now.get(path) and path not in RESUMABLE_CHANGES:
+                raise ConfigError(
+                    f"--resume: {path} was {before.get(path)!r} and is now {now.get(path)!r};"
+                    f" a run goes on as it began, so start another --out for this"
+                )
+    return config
+
+
+def _prepare_stores(request: RunRequest, run: RunFolder, config: RunConfig, console: Console) -> None:
+    with _removed_on_failure(run.root):
+        run.root.mkdir(parents=True, exist_ok=True)
+        paths = _build_stores(request, run, config, console)
+        stores = [TokenStore.open(path) for path in (paths.train, paths.validation) if path is not None]
+        if len(stores[0]) == 0:
+            raise InputError(f"{', '.join(request.fasta)}: no proteins are left to train on")
+        run.save_stores(paths)
+
+
+def _build_stores(request: RunRequest, run: RunFolder, config: RunConfig, console: Console) -> StorePaths:
+    train, validation = run.root / "store", run.root / "validation"
+    given = Path(request.fasta[0])
+    if given.is_dir() and len(request.fasta) > 1:
+        raise InputError("--fasta: give one token store, or FASTA files, not both")
+    if request.validation_fasta is not None:
+        _build([request.validation_fasta], validation, console)
+    if given.is_dir():
+        TokenStore.open(given)
+        return StorePaths(train=given.resolve(), validation=validation if request.validation_fasta else None)
+    if request.validation_fasta is not None:
+        _build(request.fasta, train, console)
+        return StorePaths(train=train, validation=validation)
+    with console.byte_progress(request.fasta) as progress:
+        held_out = build_split_stores(
+            request.fasta,
+            train=train,
+            validation=validation,
+            fraction=config.data.validation_fraction,
+            progress=progress,
+        )
+    console.tell(TokenStore.open(train).manifest.changes_summary())
+    console.tell(
+        f"held out for validation: {held_out:,} proteins, by a hash of the sequence; homologs may be in training"
+    )
+    return StorePaths(train=train, validation=validation if held_out else None)
+
+
+def _build(fasta: Sequence[str], store: Path, console: Console) -> None:
+    with console.byte_progress(fasta) as progress:
+        manifest = build_token_store(fasta, store, progress=progress)
+    console.tell(manifest.changes_summary())
+
+
+def _check_sources(request: RunRequest, run: RunFolder) -> None:
+    """Refuse to go on with other data than the run began with."""
+    paths = run.load_stores()
+    named = [Path(name) for name in request.fasta]
+    if named[0].is_dir():
+        if named[0].resolve() != paths.train:
+            raise InputError(f"--resume: the run began with {paths.train}, not with {named[0]}")
+    elif difference := TokenStore.open(paths.train).difference_from(request.fasta):
+        raise InputError(f"--resume: {difference}; a run goes on with the data it began with")
+
+
+def _flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{path}.")
+        else:
+            flat[path] = value
+    return flat
+
+
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    """A run folder without stores would stand in the way of the next try; it was absent or empty before."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

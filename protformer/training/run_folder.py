@@ -1,0 +1,104 @@
+"""What a training run keeps on disk, and how it is found again.
+
+RUN/config.yaml               resolved configuration
+RUN/store, RUN/validation     token stores (validation is absent when nothing is held out)
+RUN/metrics.csv, curves.png   figures as they come
+RUN/checkpoints/last.ckpt     state for --resume only
+RUN/model/                    the model folder
+"""
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+METRIC_FIELDS = (
+    "step", "tokens", "train_loss", "val_loss", "val_perplexity", "val_accuracy", "learning_rate", "tokens_per_second",
+    "peak_memory_gb", "unigram_perplexity", "unigram_accuracy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StorePaths:
+    """The token stores of a run."""
+
+    train: Path
+    validation: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths inside one run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.csv"
+
+    @property
+    def curves(self) -> Path:
+        return self.root / "curves.png"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoints" / "last.ckpt"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    def save_stores(self, paths: StorePaths) -> None:
+        """Note where the token stores are; those inside the run folder relative to it, so that it may be moved."""
+
+        def relative(path: Path | None) -> str | None:
+            if path is None:
+                return None
+            return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+
+        text = json.dumps({"train": relative(paths.train), "validation": relative(paths.validation)}) + "\n"
+        write_whole(self.root / "stores.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+
+    def load_stores(self) -> StorePaths:
+        tree = json.loads((self.root / "stores.json").read_text(encoding="utf-8"))
+        validation = tree["validation"]
+        return StorePaths(
+            train=self.root / tree["train"], validation=None if validation is None else self.root / validation
+        )
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary sibling, then put it in the place of `path` in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Rows of `metrics.csv`, empty if there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def keep_metrics_until(path: Path, step: int) -> None:
+    """Drop rows behind `step`: a run that was killed had gone further than its last checkpoint."""
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, METRIC_FIELDS)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    kept = [row for row in read_metrics(path) if row["step"].isdigit() and int(row["step"]) <= step]
+    write_whole(path, write)

@@ -1,0 +1,135 @@
+"""The encoder gives a protein the same result alone, padded or packed, in both directions and for every kind."""
+
+import math
+
+import pytest
+import torch
+
+from protformer.alphabet import EOS, FIRST_RESIDUE, LAST_RESIDUE, MASK, NUM_TOKENS, PAD
+from protformer.config import ExactConfig, FavorConfig, GeneralizedConfig, ModelConfig, load_run_config
+from protformer.model.masked_lm_head import ProteinLanguageModel
+from protformer.model.rotary import positions_in_segments, rotary_angles, rotate
+
+KINDS = [FavorConfig(num_features=16), GeneralizedConfig(num_features=16), ExactConfig()]
+
+
+def make_model(attention, direction="bidirectional", **changes):
+    torch.manual_seed(1)
+    sizes = {"num_layers": 2, "num_heads": 2, "hidden_size": 16, "feed_forward_size": 32}
+    model = ProteinLanguageModel(ModelConfig(attention=attention, direction=direction, **(sizes | changes)), seed=3)
+    # Weights as large as those of a trained model, so that positions and neighbours matter.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+def protein(length, seed):
+    generator = torch.Generator().manual_seed(seed)
+    residues = torch.randint(FIRST_RESIDUE, LAST_RESIDUE + 1, (length,), generator=generator)
+    return torch.cat([residues, torch.tensor([EOS])])
+
+
+@pytest.mark.parametrize("direction", ["bidirectional", "unidirectional"])
+@pytest.mark.parametrize("attention", KINDS, ids=lambda a: a.kind)
+def test_a_protein_gives_the_same_logits_alone_padded_and_packed(attention, direction):
+    model = make_model(attention, direction)
+    first, second = protein(40, 1), protein(7, 2)
+    alone = [model(p[None], torch.ones_like(p[None]))[0] for p in (first, second)]
+    padding = torch.full((9,), PAD)
+    row = torch.cat([first, second, padding])[None]
+    segments = torch.cat([torch.ones_like(first), torch.full_like(second, 2), torch.zeros_like(padding)])[None]
+    packed = model(row, segments)[0]
+    torch.testing.assert_close(packed[: len(first)], alone[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed[len(first) : len(first) + len(second)], alone[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", KINDS, ids=lambda a: a.kind)
+def test_chained_proteins_of_one_segment_do_see_each_other(attention):
+    model = make_model(attention)
+    row = torch.cat([protein(20, 1), protein(20, 2)])[None]
+    changed = row.clone()
+    changed[0, 30] = MASK
+    one = torch.ones_like(row)
+    assert (model(row, one)[0, :20] - model(changed, one)[0, :20]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("attention", KINDS, ids=lambda a: a.kind)
+def test_a_unidirectional_model_sees_no_later_residue(attention):
+    model = make_model(attention, "unidirectional")
+    row = protein(50, 1)[None]
+    changed = row.clone()
+    changed[0, 30:] = MASK
+    one = torch.ones_like(row)
+    assert torch.equal(model(row, one)[0, :30], model(changed, one)[0, :30])
+
+
+@pytest.mark.parametrize("direction", ["bidirectional", "unidirectional"])
+@pytest.mark.parametrize("attention", KINDS, ids=lambda a: a.kind)
+def test_attention_maps_of_every_layer_are_rows_of_weights(attention, direction):
+    model = make_model(attention, direction)
+    row = protein(12, 1)[None]
+    maps = list(model.encoder.attention_maps(row, torch.ones_like(row)))
+    assert len(maps) == 2
+    for weights in maps:
+        assert weights.shape == (1, 2, 13, 13)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 13))
+
+
+def test_fewer_layers_give_the_states_that_all_layers_pass_through():
+    model = make_model(ExactConfig())
+    row = protein(12, 1)[None]
+    one = torch.ones_like(row)
+    torch.testing.assert_close(model.encoder(row, one, num_layers=0).hidden, model.encoder.embedding(row))
+    half = model.encoder(row, one, num_layers=1).hidden
+    angles = rotary_angles(positions_in_segments(one), 8)
+    torch.testing.assert_close(
+        model.encoder.final_norm(model.encoder.blocks[1](half, angles, one)), model.encoder(row, one).hidden
+    )
+
+
+def test_positions_start_anew_in_each_segment():
+    segments = torch.tensor([[1, 1, 1, 2, 2, 0], [1, 2, 3, 3, 3, 3]])
+    assert positions_in_segments(segments).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 0, 1, 2, 3]]
+
+
+def test_rotation_is_esm2s_half_split_convention_and_depends_on_differences_only():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 8).unbind(0)
+
+    def product(i, j):
+        turned = [rotate(x[None], *rotary_angles(torch.tensor([[p]]), 8)) for x, p in ((q, i), (k, j))]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(product(3, 10), product(1003, 1010), rtol=1e-3, atol=1e-4)
+    # Channels c and c + 4 are a pair; the first pair turns by one radian a position.
+    x = torch.zeros(1, 1, 1, 8)
+    x[..., 0] = 1.0
+    turned = rotate(x, *rotary_angles(torch.tensor([[2]]), 8))[0, 0, 0]
+    torch.testing.assert_close(turned[[0, 4]], torch.tensor([math.cos(2.0), math.sin(2.0)]))
+
+
+def test_dropout_acts_in_training_only():
+    model = make_model(ExactConfig(), dropout=0.5)
+    row = protein(12, 1)[None]
+    one = torch.ones_like(row)
+    assert torch.equal(model(row, one), model(row, one))
+    model.train()
+    assert not torch.equal(model(row, one), model(row, one))
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    # 4 d^2 + 2 d d_ff a layer, 33 d tokens, d^2 of the head; biases and norms add less than 1 %.
+    [("tiny", None), ("small", 7.5), ("base", 33.5), ("paper-single", 75.9), ("paper-concat", 19.2)],
+)
+def test_built_in_configurations_have_the_promised_number_of_parameters(name, millions):
+    config = load_run_config(name).model
+    with torch.device("meta"):
+        model = ProteinLanguageModel(config, seed=0)
+    found = sum(parameter.numel() for parameter in model.parameters())
+    d, ff = config.hidden_size, config.feed_forward_size
+    matrices = config.num_layers * (4 * d * d + 2 * d * ff) + NUM_TOKENS * d + d * d
+    assert matrices < found < 1.02 * matrices
+    if millions is not None:
+        assert abs(found / 1e6 - millions) < 0.05 * millions
