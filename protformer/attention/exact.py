@@ -60,7 +60,7 @@ class ExactAttention(Attention):
 
 def _attend_without_padding_keys(q: Heads, k: Heads, v: Heads, segments: Segments) -> Heads:
     is_residue = segments > 0
-    # A row of nothing but padding would give NaN if no key were allowed; its output is zeroed below.
+    # With no key allowed some of torch's kernels give NaN; a row of nothing but padding is zeroed below instead.
     allowed = is_residue | ~is_residue.any(dim=1, keepdim=True)
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None, None, :]).to(v.dtype)
     return attended.masked_fill(~is_residue[:, None, :, None], 0)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from protformer.attention.interface import Segments
 
-BLOCK_RESIDUES = 64
-"""Residues a block. Smaller blocks store more partial sums, larger ones waste more on the last block of a segment."""
+MAX_BLOCK_RESIDUES = 64
+"""Smaller blocks store more partial sums, larger ones leave more places empty in the last block of a segment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class WholeRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CutSegments:
-    """Every segment is cut into blocks of BLOCK_RESIDUES residues, the last of them partly empty."""
+    """Every segment is cut into blocks of equally many residues, the last of them partly empty."""
 
     mask: Bool[Tensor, "block 1 place 1"]
     """False at the empty places of a block."""
@@ -89,15 +89,20 @@ def lay_out(segments: Segments) -> Blocks:
     return cut_segments(segments)
 
 
-def cut_segments(segments: Segments, block_residues: int = BLOCK_RESIDUES) -> CutSegments:
+def cut_segments(segments: Segments) -> CutSegments:
     """Cut every segment of a batch into blocks; at least one position must not be padding.
 
-    With blocks of 4 the row 7 7 7 7 7 9 0 has the blocks {0 1 2 3}, {4}, {5} (of segments 0, 0, 1), and its
-    residues stand in the slots 0 1 2 3 4 8.
+    Blocks have MAX_BLOCK_RESIDUES, or about the mean of the segments if these are shorter. With blocks of 4 the row
+    7 7 7 7 7 9 0 has the blocks {0 1 2 3}, {4}, {5} (of segments 0, 0, 1), and its residues stand in the slots
+    0 1 2 3 4 8.
     """
     is_residue = segments > 0
     position = torch.arange(segments.shape[1], device=segments.device)
     is_start = is_residue & (segments != F.pad(segments, (1, 0))[:, :-1])
+    num_segments = int(is_start.sum())
+    mean_residues = -(-int(is_residue.sum()) // num_segments)
+    block_residues = min(MAX_BLOCK_RESIDUES, 1 << (mean_residues - 1).bit_length())
+
     offset = position - torch.where(is_start, position, 0).cummax(dim=1).values
     opens_block = (is_residue & (offset % block_residues == 0)).flatten()
     segment_of_block = (is_start.flatten().cumsum(0) - 1)[opens_block]
@@ -114,7 +119,7 @@ def cut_segments(segments: Segments, block_residues: int = BLOCK_RESIDUES) -> Cu
         slot_of_residue=slot.masked_fill(~is_taken, 0),
         is_padding=~is_residue[:, None, :, None],
         segment_of_block=segment_of_block,
-        num_segments=int(is_start.sum()),
+        num_segments=num_segments,
     )
 
 

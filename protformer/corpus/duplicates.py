@@ -46,7 +46,7 @@ class UniqueIds:
 
     def _new_id(self, name: str) -> str:
         number = self._last_suffix.get(name, 1) + 1
-        while (new := f"{name}_{number}") in self._places or new in self._all_ids or new in self._given:
+        while (new := f"{name}_{number}") in self._places or new in self._all_ids:
             number += 1
         self._last_suffix[name] = number
         self._given.add(new)

@@ -68,14 +68,14 @@ def plot_training_curves(
     val_loss: Sequence[float],
     val_perplexity: Sequence[float],
     val_accuracy: Sequence[float],
-    unigram_perplexity: float,
-    unigram_accuracy: float,
+    unigram_perplexity: float | None,
+    unigram_accuracy: float | None,
     path: Path,
 ) -> None:
     """Loss in nats, validation perplexity and validation accuracy in [0, 1] against the optimizer step.
 
     The dashed line is what predicting by residue frequencies alone would reach: a model above it has learnt
-    nothing of the sequence.
+    nothing of the sequence. Without validation there is neither.
     """
     from matplotlib.figure import Figure
 
@@ -85,14 +85,17 @@ def plot_training_curves(
     _draw_curve(loss, val_steps, val_loss, _VALIDATION, "validation")
     _draw_curve(perplexity, val_steps, val_perplexity, _VALIDATION, "validation")
     _draw_curve(accuracy, val_steps, val_accuracy, _VALIDATION, "validation")
-    baselines = (math.log(unigram_perplexity), unigram_perplexity, unigram_accuracy)
+    unigram_loss = None if unigram_perplexity is None else math.log(unigram_perplexity)
+    baselines = (unigram_loss, unigram_perplexity, unigram_accuracy)
     names = ("Loss (nats per masked residue)", "Masked perplexity", "Masked accuracy")
     for axes, baseline, name in zip((loss, perplexity, accuracy), baselines, names, strict=True):
-        axes.axhline(baseline, color=_INK, linestyle="--", linewidth=1.0, label="unigram baseline")
+        if baseline is not None:
+            axes.axhline(baseline, color=_INK, linestyle="--", linewidth=1.0, label="unigram baseline")
         axes.set_xlabel("Optimizer step", color=_INK)
         axes.set_title(name, fontsize=10, color=_INK, loc="left")
         _plain_frame(axes)
-        axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
     _save(figure, path)
 
 

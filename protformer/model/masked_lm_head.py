@@ -40,6 +40,15 @@ class ProteinLanguageModel(nn.Module):
         self.head = MaskedLmHead(config.hidden_size)
         initialize_weights(self, num_layers=config.num_layers)
 
+    @torch.no_grad()
+    def start_from_counts(self, token_counts: list[int]) -> None:
+        """Set the output bias to the log frequencies of a corpus, so that training starts at the unigram baseline.
+
+        `token_counts` has a number for each of the 33 tokens; each gets one pseudo-count, so that none is impossible.
+        """
+        counts = torch.tensor(token_counts, dtype=torch.float64) + 1.0
+        self.head.bias.copy_((counts / counts.sum()).log())
+
     def forward(
         self, tokens: Int[Tensor, "batch residue"], segments: Int[Tensor, "batch residue"]
     ) -> Float[Tensor, "batch residue token"]:

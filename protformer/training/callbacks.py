@@ -8,7 +8,7 @@ import csv
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from protformer.training.masked_lm import MaskedLmTask
 from protformer.training.run_folder import METRIC_FIELDS, RunFolder, keep_metrics_until, write_whole
 
 PLAIN_LINE_SECONDS = 30.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StepCallback(pl.Callback):
@@ -193,15 +194,19 @@ class StopRequest(StepCallback):
         self.signal_name: str | None = None
 
     @contextmanager
-    def listening(self) -> Any:
+    def listening(self) -> Iterator[None]:
         """Turn SIGINT, SIGTERM and SIGUSR1 into a request while training runs; a second Ctrl-C stops at once."""
-        names = ("SIGINT", "SIGTERM", "SIGUSR1")
-        before = {name: signal.signal(getattr(signal, name), self._request) for name in names}
+        before = {number: signal.signal(number, self._request) for number in STOP_SIGNALS}
         try:
             yield
         finally:
-            for name, handler in before.items():
-                signal.signal(getattr(signal, name), handler)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning has put its own handler in front by now, which would leave with code 0 and save nothing."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._request)
 
     def after_step(self, trainer: pl.Trainer, task: MaskedLmTask, step: int) -> None:
         out_of_time = self.deadline is not None and time.monotonic() >= self.deadline

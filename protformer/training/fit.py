@@ -70,7 +70,9 @@ def train(
     train_store = TokenStore.open(stores.train)
     validation_store = None if stores.validation is None else TokenStore.open(stores.validation)
     torch.manual_seed(config.seed)
-    task = MaskedLmTask(ProteinLanguageModel(config.model, seed=config.seed), config.training)
+    model = ProteinLanguageModel(config.model, seed=config.seed)
+    model.start_from_counts(list(train_store.manifest.residue_counts))
+    task = MaskedLmTask(model, config.training)
     datamodule = ProteinDataModule(train_store, validation_store, config, batch_rows=batch_rows)
     description = partial(_describe, config, train_store)
     metrics = MetricsLog(

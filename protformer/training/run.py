@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from protformer.config import RunConfig, dump_yaml, load_run_config, override_run
 from protformer.corpus.splits import build_split_stores
@@ -53,6 +53,7 @@ class RunRequest:
     quiet: bool
 
 
+@runtime_checkable
 class Console(Protocol):
     """How a command talks while it works."""
 

@@ -1,0 +1,222 @@
+"""Embeddings and contacts are of whole proteins, independent of company, and in the order of the input."""
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from protformer.alphabet import EOS, FIRST_RESIDUE, NUM_TOKENS, STANDARD_RESIDUES, TOKENS
+from protformer.checkpoint import ModelDescription, save_model
+from protformer.cli import run
+from protformer.config import ExactConfig, FavorConfig, ModelConfig
+from protformer.corpus.fasta import read_fasta
+from protformer.errors import ConfigError, InputError
+from protformer.inference.contacts import predict_contacts
+from protformer.inference.embed import LengthLimit, LengthReport, embed, resolve_layer
+from protformer.inference.session import open_session
+from protformer.model.masked_lm_head import ProteinLanguageModel
+
+LENGTHS = [30, 7, 64, 1, 90, 30]
+
+
+def write_model(folder, attention, direction="bidirectional"):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        num_layers=2, num_heads=2, hidden_size=16, feed_forward_size=24, attention=attention, direction=direction
+    )
+    model = ProteinLanguageModel(config, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    counts = [0] * FIRST_RESIDUE + [10] * 25 + [0] * (NUM_TOKENS - FIRST_RESIDUE - 25)
+    save_model(folder, model, ModelDescription(model=config, residue_counts=counts))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "favor", FavorConfig(num_features=8))
+
+
+@pytest.fixture(scope="module")
+def session(model):
+    return open_session(model, device="cpu", precision="auto")
+
+
+@pytest.fixture(scope="module")
+def fasta(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "proteins.fa"
+    lines = [f">p/{i} words\n{''.join(rng.choice(list(STANDARD_RESIDUES), n))}\n" for i, n in enumerate(LENGTHS)]
+    path.write_text("".join(lines))
+    return path
+
+
+def embeddings(session, records, *, limit=None, batch_tokens=1000, layer=2, report=None):
+    return list(
+        embed(
+            session,
+            records,
+            per="both",
+            layer=layer,
+            limit=limit or LengthLimit(),
+            report=report or LengthReport(),
+            batch_tokens=batch_tokens,
+        )
+    )
+
+
+def naive_states(session, record):
+    tokens = torch.tensor([[*record.tokens, EOS]])
+    with torch.no_grad():
+        return session.model.encoder(tokens, torch.ones_like(tokens)).hidden[0, :-1].numpy()
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
+def test_embeddings_are_those_of_each_protein_alone_in_input_order(session, fasta, batch_tokens):
+    records = list(read_fasta(fasta))
+    found = embeddings(session, records, batch_tokens=batch_tokens)
+    assert [(e.id, e.length) for e in found] == [(r.id, len(r)) for r in records]
+    for embedding, record in zip(found, records, strict=True):
+        expected = naive_states(session, record)
+        np.testing.assert_allclose(embedding.residue, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(embedding.protein, expected.mean(axis=0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_unidirectional_model_embeds_each_residue_from_those_before_and_itself(tmp_path, fasta):
+    session = open_session(write_model(tmp_path / "m", ExactConfig(), "unidirectional"), device="cpu", precision="auto")
+    records = list(read_fasta(fasta))
+    whole = embeddings(session, records[2:3])[0].residue
+    part = embeddings(session, [type(records[2])(id="x", header="x", line=1, tokens=records[2].tokens[:20])])[0].residue
+    assert whole.shape == (64, 16)
+    np.testing.assert_allclose(part, whole[:20], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(whole[5], embeddings(session, records[4:5])[0].residue[5])
+
+
+def test_a_long_protein_is_refused_cut_skipped_or_windowed_as_asked_and_counted(session, fasta):
+    records = list(read_fasta(fasta))
+    with pytest.raises(InputError, match=r"record 'p/2' \(line 5\) has 64 residues, above --max-length 40"):
+        embeddings(session, records, limit=LengthLimit(max_length=40))
+    report = LengthReport()
+    cut = embeddings(session, records, limit=LengthLimit(max_length=40, on_long="truncate"), report=report)
+    assert [e.truncated for e in cut] == [False, False, True, False, True, False]
+    assert [len(e.residue) for e in cut] == [30, 7, 40, 1, 40, 30]
+    assert [e.length for e in cut] == LENGTHS
+    assert report.summary() == "proteins above --max-length: 2 truncated"
+    skipped = embeddings(session, records, limit=LengthLimit(max_length=40, on_long="skip"))
+    assert [e.id for e in skipped] == ["p/0", "p/1", "p/3", "p/5"]
+    windowed = embeddings(session, records, limit=LengthLimit(max_length=40, on_long="window"))
+    assert [len(e.residue) for e in windowed] == LENGTHS
+    # 64 residues in windows of 40 from 0, 20 and 24: residue 10 is in the first only, residue 30 in all three.
+    record = records[2]
+    pieces = [
+        naive_states(session, type(record)(id="x", header="x", line=1, tokens=record.tokens[s : s + 40])) for s in (0, 20, 24)
+    ]
+    np.testing.assert_allclose(windowed[2].residue[10], pieces[0][10], rtol=1e-4, atol=1e-5)
+    mean = (pieces[0][30] + pieces[1][10] + pieces[2][6]) / 3
+    np.testing.assert_allclose(windowed[2].residue[30], mean, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_count_from_both_ends():
+    assert [resolve_layer(layer, 6) for layer in (0, 6, -1, -7, 3)] == [0, 6, 6, 0, 3]
+    for layer in (7, -8):
+        with pytest.raises(ConfigError, match=f"--layer {layer}: this model has layers 0"):
+            resolve_layer(layer, 6)
+
+
+def naive_apc_mean(maps):
+    total = np.zeros_like(maps[0])
+    for single in maps:
+        s = single + single.T
+        total += s - s.sum(1, keepdims=True) * s.sum(0, keepdims=True) / s.sum()
+    return total / len(maps)
+
+
+def ranks(matrix):
+    upper = matrix[np.triu_indices(len(matrix), 1)]
+    return np.argsort(np.argsort(upper))
+
+
+def test_contacts_rank_pairs_by_the_mean_of_symmetrised_apc_corrected_heads(session, fasta):
+    record = next(read_fasta(fasta))
+    tokens = torch.tensor([[*record.tokens, EOS]])
+    with torch.no_grad():
+        layers = list(session.model.encoder.attention_maps(tokens, torch.ones_like(tokens)))
+    maps = [head[:-1, :-1].double().numpy() for layer in layers for head in layer[0]]
+    contact_map = predict_contacts(session, (record,), method="attention", batch_tokens=1000)
+    assert contact_map.contacts.dtype == np.float32
+    assert (contact_map.contacts == contact_map.contacts.T).all()
+    assert contact_map.contacts.min() == 0.0
+    assert contact_map.contacts.max() == 1.0
+    assert (np.abs(ranks(contact_map.contacts) - ranks(naive_apc_mean(maps))) <= 2).all()
+
+
+def test_the_jacobian_is_that_of_single_exchanges_one_at_a_time(session, fasta):
+    record = list(read_fasta(fasta))[1]
+    amino_acids = [TOKENS.index(letter) for letter in STANDARD_RESIDUES]
+
+    def logits(tokens):
+        row = torch.tensor([[*tokens, EOS]])
+        with torch.no_grad():
+            return session.model(row, torch.ones_like(row))[0, :-1][:, amino_acids].double().numpy()
+
+    length = len(record)
+    jacobian = np.zeros((length, 20, length, 20))
+    for i in range(length):
+        for a, token in enumerate(amino_acids):
+            changed = bytearray(record.tokens)
+            changed[i] = token
+            jacobian[i, a] = logits(changed) - logits(record.tokens)
+    for axis in range(4):
+        jacobian -= jacobian.mean(axis=axis, keepdims=True)
+    jacobian = (jacobian + jacobian.transpose(2, 3, 0, 1)) / 2
+    norms = np.sqrt((jacobian**2).sum(axis=(1, 3)))
+    np.fill_diagonal(norms, 0)
+    scores = norms - norms.sum(1, keepdims=True) * norms.sum(0, keepdims=True) / norms.sum()
+    off = ~np.eye(length, dtype=bool)
+    expected = (scores - scores[off].min()) / (scores[off].max() - scores[off].min())
+    for batch_tokens in (1, 10_000):
+        found = predict_contacts(session, (record,), method="jacobian", batch_tokens=batch_tokens).contacts
+        np.testing.assert_allclose(found[off], expected[off], atol=2e-3)
+
+
+def test_a_pair_is_one_row_in_which_the_chains_see_each_other(session, fasta):
+    records = list(read_fasta(fasta))
+    pair = predict_contacts(session, (records[0], records[1]), method="attention", batch_tokens=1000)
+    assert pair.chain_lengths == (30, 7)
+    assert pair.sequence == records[0].sequence + records[1].sequence
+    assert pair.contacts.shape == (37, 37)
+    assert pair.contacts[:30, 30:].max() > 0
+
+
+def test_a_single_residue_has_a_map_of_one_zero(session, fasta):
+    single = list(read_fasta(fasta))[3]
+    assert predict_contacts(session, (single,), method="attention", batch_tokens=10).contacts.tolist() == [[0.0]]
+
+
+def test_embed_writes_one_dataset_an_id_and_resumes_where_it_stopped(model, fasta, tmp_path, capsys):
+    out = tmp_path / "e.h5"
+    command = ["embed", "--model", str(model), "--fasta", str(fasta), "--out", str(out), "--per", "both", "--quiet"]
+    assert run(command) == 0
+    with h5py.File(out) as file:
+        assert file["residue"]["p%2F2"].shape == (64, 16)
+        assert file["protein"]["p%2F2"].shape == (16,)
+        np.testing.assert_allclose(file["residue"]["p%2F2"][()].mean(0), file["protein"]["p%2F2"][()], rtol=1e-3, atol=1e-5)
+    assert run(command) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert run([*command, "--resume"]) == 0
+    assert "0 proteins embedded (6 were there already)" in capsys.readouterr().out
+
+
+def test_predict_contacts_of_pairs_writes_the_block_between_the_chains(model, fasta, tmp_path, capsys):
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("p/0\tp/1\t1\n")
+    command = ["predict-contacts", "--model", str(model), "--fasta", str(fasta), "--out", str(tmp_path / "c"), "--quiet"]
+    assert run([*command, "--pairs", str(pairs), "--plot", "--format", "npz", "--format", "csv"]) == 0
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [f"p%2F0__p%2F1.{s}" for s in ("csv", "npz", "png")]
+    with np.load(tmp_path / "c" / "p%2F0__p%2F1.npz") as arrays:
+        assert np.array_equal(arrays["inter_chain"], arrays["contacts"][:30, 30:])
+        assert arrays["chain_lengths"].tolist() == [30, 7]
+    pairs.write_text("p/0\tnobody\n")
+    assert run([*command[:-3], "--out", str(tmp_path / "d"), "--pairs", str(pairs)]) == 1
+    assert "nobody" in capsys.readouterr().err

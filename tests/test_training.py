@@ -1,0 +1,216 @@
+"""Training runs: the same numbers whatever interrupts them, whole files, and one clear line for a mistake."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from protformer.cli import run
+
+SETTINGS = {
+    "model.num_layers": 2,
+    "model.num_heads": 2,
+    "model.hidden_size": 32,
+    "model.feed_forward_size": 64,
+    "model.dropout": 0.1,
+    "model.attention": "{kind: favor, num_features: 16, redraw_every_steps: 3}",
+    "data.max_residues": 64,
+    "data.validation_fraction": 0.2,
+    "training.tokens_per_step": 512,
+    "training.accumulate_batches": 2,
+    "training.max_steps": 8,
+    "training.warmup_steps": 2,
+    "training.learning_rate": "1e-2",
+    "training.validate_every_steps": 4,
+    "training.log_every_steps": 1,
+    "training.checkpoint_every_steps": 4,
+}
+
+
+def arguments(fasta, out, *extra, **changes):
+    settings = SETTINGS | {name.replace("__", "."): value for name, value in changes.items()}
+    sets = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    return ["train", "--fasta", str(fasta), "--out", str(out), "--quiet", *sets, *map(str, extra)]
+
+
+def weights(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+def metrics(out):
+    with (out / "metrics.csv").open() as file:
+        return [
+            {name: value for name, value in row.items() if name not in ("tokens_per_second", "peak_memory_gb")}
+            for row in csv.DictReader(file)
+        ]
+
+
+def assert_same_run(first, second):
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
+    assert metrics(first) == metrics(second)
+    assert (first / "model" / "config.json").read_text() == (second / "model" / "config.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def fasta(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "proteins.fa"
+    with path.open("w") as file:
+        for number, length in enumerate(rng.integers(5, 150, 80)):
+            file.write(f">p{number}\n{''.join(rng.choice(list('ACDEFGHIKLMNPQRSTVWY'), length))}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(fasta, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert run(arguments(fasta, out)) == 0
+    return out
+
+
+def start_and_signal(command, number, *, once):
+    """Run a command in a process of its own, and send the signal once that is true."""
+    process = subprocess.Popen([sys.executable, "-m", "protformer", *command], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not once() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, messages = process.communicate(timeout=120)
+    return process.returncode, messages
+
+
+def test_a_run_writes_all_that_is_promised(undisturbed):
+    for name in (
+        "config.yaml", "metrics.csv", "curves.png", "checkpoints/last.ckpt", "model/config.json",
+        "model/model.safetensors", "model/README.md",
+    ):  # fmt: skip
+        assert (undisturbed / name).stat().st_size > 0
+    assert not list(undisturbed.rglob("*.partial"))
+    rows = metrics(undisturbed)
+    assert [int(row["step"]) for row in rows] == list(range(1, 9))
+    assert [row["val_perplexity"] != "" for row in rows] == [False, False, False, True] * 2
+    # With padded last windows a step holds a little less than 512 tokens.
+    assert 8 * 400 < int(rows[-1]["tokens"]) <= 8 * 512
+    description = json.loads((undisturbed / "model" / "config.json").read_text())
+    assert description["training"]["steps"] == 8
+    assert description["packing"] == "attend"
+    assert sum(description["residue_counts"]) > 0
+
+
+def test_the_resolved_configuration_makes_the_same_run_again(fasta, undisturbed, tmp_path):
+    command = ["train", "--fasta", str(fasta), "--out", str(tmp_path / "again"), "--quiet"]
+    assert run([*command, "--config", str(undisturbed / "config.yaml")]) == 0
+    assert_same_run(undisturbed, tmp_path / "again")
+
+
+def test_another_seed_makes_another_run(fasta, undisturbed, tmp_path):
+    assert run(arguments(fasta, tmp_path / "other", "--seed", 1)) == 0
+    assert metrics(undisturbed) != metrics(tmp_path / "other")
+
+
+def test_eight_steps_equal_four_a_kill_and_four_more_bit_for_bit(fasta, undisturbed, tmp_path):
+    out = tmp_path / "killed"
+    code, _ = start_and_signal(arguments(fasta, out), signal.SIGKILL, once=(out / "checkpoints" / "last.ckpt").exists)
+    assert code == -signal.SIGKILL
+    assert run([*arguments(fasta, out), "--resume"]) == 0
+    assert_same_run(undisturbed, out)
+
+
+def test_stopping_at_four_steps_and_going_on_to_eight_is_the_same_run(fasta, undisturbed, tmp_path):
+    out = tmp_path / "stopped"
+    assert run(arguments(fasta, out, "--max-steps", 4)) == 0
+    assert len(metrics(out)) == 4
+    assert run(["train", "--fasta", str(fasta), "--out", str(out), "--resume", "--max-steps", "8", "--quiet"]) == 0
+    assert_same_run(undisturbed, out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_saves_leaves_with_130_and_resumes(fasta, undisturbed, tmp_path, number):
+    out = tmp_path / "signalled"
+    code, messages = start_and_signal(
+        arguments(fasta, out), number, once=lambda: (out / "metrics.csv").exists() and metrics(out)
+    )
+    assert code == 130
+    assert messages.splitlines()[-1].startswith(f"error: stopped by {number.name} after step ")
+    assert "Traceback" not in messages
+    assert run([*arguments(fasta, out), "--resume"]) == 0
+    assert_same_run(undisturbed, out)
+
+
+def test_isolated_packing_and_next_residue_prediction_resume_too(fasta, tmp_path):
+    changes = {"data__packing": "isolate", "model__direction": "unidirectional", "data__max_residues": 128}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(arguments(fasta, whole, **changes)) == 0
+    assert run(arguments(fasta, parts, "--max-steps", 3, **changes)) == 0
+    assert run(arguments(fasta, parts, "--resume", **changes)) == 0
+    assert weights(whole).keys() == weights(parts).keys()
+    assert all(weights(whole)[name].tobytes() == weights(parts)[name].tobytes() for name in weights(whole))
+
+
+def fails_with(capsys, command, code=1):
+    assert run(command) == code
+    captured = capsys.readouterr().err.strip().splitlines()
+    assert captured[-1].startswith("error: ")
+    return captured[-1]
+
+
+def test_an_existing_run_is_refused_without_resume(fasta, undisturbed, capsys):
+    assert "exists already; choose another --out, or add --resume" in fails_with(capsys, arguments(fasta, undisturbed))
+
+
+def test_a_resume_needs_a_run(fasta, tmp_path, capsys):
+    assert "no run to resume here" in fails_with(capsys, [*arguments(fasta, tmp_path / "none"), "--resume"])
+
+
+def test_a_resume_with_another_configuration_names_what_changed(fasta, undisturbed, capsys):
+    command = [*arguments(fasta, undisturbed, model__num_layers=3), "--resume"]
+    assert "--resume: model.num_layers was 2 and is now 3" in fails_with(capsys, command)
+
+
+def test_a_resume_with_other_data_is_refused(fasta, undisturbed, tmp_path, capsys):
+    other = tmp_path / "other.fa"
+    other.write_text(">x\nMKV\n")
+    assert "a run goes on with the data it began with" in fails_with(capsys, [*arguments(other, undisturbed), "--resume"])
+
+
+def test_bad_input_leaves_no_run_folder_behind(tmp_path, capsys):
+    bad = tmp_path / "bad.fa"
+    bad.write_text(">x\nMK1V\n")
+    assert "line 2" in fails_with(capsys, arguments(bad, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_does_not_divide_into_rows_names_the_nearest_that_does(fasta, tmp_path, capsys):
+    command = arguments(fasta, tmp_path / "run", training__tokens_per_step=500)
+    assert "training.tokens_per_step: 500 is not a multiple" in (line := fails_with(capsys, command))
+    assert line.endswith("the nearest is 512")
+
+
+def test_a_corpus_smaller_than_one_window_trains(tmp_path):
+    small = tmp_path / "small.fa"
+    small.write_text(">x\nMKVAAA\n>y\nMKL\n")
+    assert run(arguments(small, tmp_path / "run", "--max-steps", 2)) == 0
+
+
+def test_a_prepared_store_trains_like_its_fasta(fasta, tmp_path):
+    held_out = tmp_path / "held_out.fa"
+    held_out.write_text(">x\nMKVAAACDEFGHIKLMNPQRSTVWYMKVAAACDEFGHIKLMNPQRSTVWY\n")
+    assert run(["prepare", "--fasta", str(fasta), "--out", str(tmp_path / "store"), "--quiet"]) == 0
+    runs = [tmp_path / "from_fasta", tmp_path / "from_store"]
+    for source, out in zip((fasta, tmp_path / "store"), runs, strict=True):
+        assert run(arguments(source, out, "--val-fasta", held_out, "--max-steps", 2)) == 0
+    assert_same_run(*runs)
+
+
+def test_the_stored_configuration_is_plain_yaml(undisturbed):
+    tree = yaml.safe_load((undisturbed / "config.yaml").read_text())
+    assert tree["model"]["attention"]["kind"] == "favor"
