@@ -55,7 +55,6 @@ def resolve_layer(layer: int, num_layers: int) -> int:
     return layer if layer >= 0 else num_layers + 1 + layer
 
 
-@torch.inference_mode()
 def embed(
     session: InferenceSession,
     records: Iterable[SequenceRecord],
@@ -139,6 +138,7 @@ def _merge_windows(
     return total / count
 
 
+@torch.inference_mode()
 def _hidden_states(encoder: Encoder, batch: InferenceBatch, layer: int) -> dict[int, Float[Tensor, "_ channel"]]:
     hidden = encoder(batch.tokens, batch.segments, num_layers=layer).hidden.float().cpu()
     first = batch.first_residue

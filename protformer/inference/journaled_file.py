@@ -16,6 +16,7 @@ import io
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 _SIZE = struct.Struct("<Q")
 _ENTRY = struct.Struct("<QQ")
@@ -53,7 +54,8 @@ class JournaledFile:
         if not keep_journal:
             self._journal_path.unlink()
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any) -> int:
+        """`data` has the buffer protocol: h5py hands over a memory view of its own type."""
         view = memoryview(data).cast("B")
         self._save(self._file.tell(), len(view))
         _write_all(self._file, view)
@@ -66,7 +68,7 @@ class JournaledFile:
     def read(self, count: int = -1) -> bytes:
         return self._file.read(count)
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         return self._file.readinto(buffer)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
