@@ -18,6 +18,7 @@ from protformer.errors import ConfigError
 
 Packing = Literal["attend", "isolate"]
 Direction = Literal["bidirectional", "unidirectional"]
+GeneralizedFunction = Literal["relu", "elu_plus_one", "sigmoid", "exp", "abs", "gelu"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,23 +34,20 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from protformer.attention.interface import Attention, AttentionWeights, Heads, Segments
-from protformer.attention.linear import (
+from protformer.attention.causal import (
     CausalBlock,
     Features,
     State,
     Sums,
-    Values,
-    bidirectional_sums,
     causal_blocks,
     causal_sums,
-    compute_dtype,
     divide,
     state_after,
-    weights_by_identity,
-    with_ones,
 )
+from protformer.attention.feature_maps import ExponentialMap
+from protformer.attention.linear import Values, attend_to_all, compute_dtype
 from protformer.attention.random_features import Projection, RandomFeatures
-from protformer.attention.segments import lay_out
+from protformer.attention.weights import weights_by_identity
 from protformer.config import FavorConfig
 
 Reference = Float[Tensor, "... feature"]
@@ -93,10 +90,13 @@ class FavorAttention(Attention):
 
     def _attend(self, q: Heads, k: Heads, v: Values, segments: Segments) -> Values:
         dtype = compute_dtype(q, k, v)
-        attend = _attend_causally if self.causal else _attend_to_all
+        projection = self.random_features.projection.to(dtype)
+        if not self.causal:
+            head_dim = q.shape[-1]
+            weight, factor = projection * head_dim**-0.25, head_dim**-0.5 / 2
+            return attend_to_all(q, k, v, segments, ExponentialMap(weight=weight, bias=None, factor=factor))
         with torch.autocast(q.device.type, enabled=False):
-            projection = self.random_features.projection.to(dtype)
-            return attend(q.to(dtype), k.to(dtype), v.to(dtype), segments, projection)
+            return _attend_causally(q.to(dtype), k.to(dtype), v.to(dtype), segments, projection)
 
 
 def log_features(x: Heads, projection: Projection, mask: Bool[Tensor, "batch 1 residue 1"] | None = None) -> Features:
@@ -107,17 +107,6 @@ def log_features(x: Heads, projection: Projection, mask: Bool[Tensor, "batch 1 r
     if mask is not None:
         offset = offset.masked_fill(~mask, torch.inf)
     return (x @ projection.T).sub_(offset)
-
-
-def _attend_to_all(q: Heads, k: Heads, v: Values, segments: Segments, projection: Projection) -> Values:
-    blocks = lay_out(segments)
-    q, k, values = blocks.cut(q), blocks.cut(k), with_ones(blocks.cut(v), blocks.mask)
-    log_k = log_features(k, projection, blocks.mask)
-    reference = _finite(blocks.maximum(log_k.detach().amax(dim=2, keepdim=True)))
-    # In place: logarithms are not needed again, and they are by far the largest arrays here.
-    key_features = log_k.sub_(reference).exp_()
-    query_features, _ = _query_features(log_features(q, projection), reference)
-    return blocks.join(divide(bidirectional_sums(query_features, key_features, values, blocks)))
 
 
 def _query_features(

@@ -11,21 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from protformer.attention.interface import Attention, AttentionWeights, Heads, Segments
-from protformer.attention.linear import (
-    Features,
-    State,
-    Values,
-    bidirectional_sums,
-    causal_blocks,
-    causal_sums,
-    compute_dtype,
-    divide,
-    state_after,
-    weights_by_identity,
-    with_ones,
-)
+from protformer.attention.causal import Features, State, causal_blocks, causal_sums, divide, state_after
+from protformer.attention.feature_maps import PointwiseMap
+from protformer.attention.linear import Values, attend_to_all, compute_dtype
 from protformer.attention.random_features import RandomFeatures
-from protformer.attention.segments import lay_out
+from protformer.attention.weights import weights_by_identity
 from protformer.config import GeneralizedConfig
 
 
@@ -62,15 +52,16 @@ class GeneralizedAttention(Attention):
 
     def _attend(self, q: Heads, k: Heads, v: Values, segments: Segments) -> Values:
         dtype = compute_dtype(q, k, v)
+        if not self.causal:
+            return attend_to_all(q, k, v, segments, self._feature_map(q.shape[-1], dtype))
         with torch.autocast(q.device.type, enabled=False):
-            attend = self._attend_causally if self.causal else self._attend_to_all
-            return attend(q.to(dtype), k.to(dtype), v.to(dtype), segments)
+            return self._attend_causally(q.to(dtype), k.to(dtype), v.to(dtype), segments)
 
-    def _attend_to_all(self, q: Heads, k: Heads, v: Values, segments: Segments) -> Values:
-        blocks = lay_out(segments)
-        q, k, values = blocks.cut(q), blocks.cut(k), with_ones(blocks.cut(v), blocks.mask)
-        sums = bidirectional_sums(self._features(q), self._features(k), values, blocks)
-        return blocks.join(divide(sums))
+    def _feature_map(self, head_dim: int, dtype: torch.dtype) -> PointwiseMap:
+        weight = None
+        if self.random_features is not None:
+            weight = self.random_features.projection.to(dtype) * head_dim**-0.25
+        return PointwiseMap(weight=weight, head_dim=head_dim, function="relu", epsilon=self.epsilon)
 
     def _attend_causally(self, q: Heads, k: Heads, v: Values, segments: Segments) -> Values:
         outputs: list[Values] = []

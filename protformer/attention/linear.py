@@ -1,37 +1,49 @@
-"""What all attention kinds with a feature map share: numerators and denominators in linear time.
+"""Bidirectional linear attention in blocks: the features of a whole sequence never exist at once.
 
-In: features phi(q) and phi(k), shape (..., residue, feature), and values. Out, for each query i,
+In: queries, keys, values, segments and a feature map phi. Out, for each query i, with sums over the keys j of its
+segment,
 
-    sum_j phi(q_i) . phi(k_j) [v_j, 1]
+    sum_j phi(q_i) . phi(k_j) v_j  /  sum_j phi(q_i) . phi(k_j)
 
-over the keys j that i sees, numerator and denominator in one array of head_dim + 1 channels (Choromanski et
-al. 2021, eq. 4; the column of ones is their 1_L). Bidirectionally the sum over keys comes first and is one
-(feature, channel) matrix a segment. Causally (their section 2.5.1) a loop over blocks of residues carries
-that matrix from block to block and takes the pairs inside a block explicitly: O(residue) time, and no prefix
-sums over residues are ever stored.
+(Choromanski et al. 2021, eq. 4). One pass over blocks of keys sums the state of a segment, phi(K)^T [V, 1], of shape
+(feature, value_dim + 1); a second pass over blocks of queries multiplies with it. The backward pass does the same
+with the gradients, computing each block's features again: memory beyond q, k, v, the output and one number a query is that of
+two blocks and of the states. All is in float32 (float64 for float64 inputs), whatever the inputs are.
+
+Backward. With F = phi(K), P = phi(Q), S the state, y_i the output, d_i its denominator, g_i the output's gradient:
+
+    G_i = [g_i, -g_i . y_i] / d_i       dP = G S^T      dS = P^T G      dF = [V, 1] dS^T      d[V, 1] = F dS
+
+References of exponential features (see `favor`) are constants here, and are guessed before they are known: from
+some of the keys. That is right if no sum left the range in which float32 has all its digits, and
+where it did, the segment is computed again with references that are certain (`_certain_reference`).
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from protformer.attention.interface import AttentionWeights, Heads, Segments
-from protformer.attention.segments import Blocks, runs, visible_pairs
+from protformer.attention.feature_maps import Block, FeatureMap, Reference
+from protformer.attention.interface import Heads, Segments
+from protformer.attention.pieces import Piece, block_ranges, block_residues, lay_out
 
-Features = Float[Tensor, "batch head residue feature"]
 Values = Float[Tensor, "batch head residue value_dim"]
 """Like Heads, but as wide as one likes."""
-Sums = Float[Tensor, "batch head residue channel"]
-"""Numerator in all channels but the last, denominator in the last."""
-State = Float[Tensor, "batch head feature channel"]
-"""sum_j phi(k_j) [v_j, 1] over the keys of a segment so far."""
+BlockSums = Float[Tensor, "row place channel"]
+Denominators = Float[Tensor, "batch head residue 1"]
+State = Float[Tensor, "row feature channel"]
+"""sum_j phi(k_j) [v_j, 1] over the keys of a segment; a row is one head of one segment."""
 
-CAUSAL_BLOCK_RESIDUES = 128
-"""A power of two. Larger blocks have more pairs a residue, smaller ones more steps, each of a fixed cost."""
+NUM_SAMPLED_KEYS = 64
+"""Of each segment, for the first guess at its references."""
+LARGEST_GUESSED_SUM = 1e17
+SMALLEST_GUESSED_SUM = 1e-8
+"""A sum over keys of one guessed feature, or a denominator, outside of these is computed again. A query feature
+below float32's range (1e-38) times the largest sum is 1e-21, far below the rounding of the smallest denominator."""
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -42,123 +54,232 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def with_ones(v: Values, mask: Bool[Tensor, "batch 1 residue 1"]) -> Sums:
-    """[v_j, 1] for residues and zeros for padding, which so adds nothing to numerator nor denominator."""
-    return F.pad(v, (0, 1), value=1.0).masked_fill(~mask, 0)
+def attend_to_all(q: Heads, k: Heads, v: Values, segments: Segments, feature_map: FeatureMap) -> Values:
+    """Every query attends to all keys of its segment; in the dtype of v, zero at padding."""
+    pieces = lay_out(segments, num_features=q.shape[1] * feature_map.num_features)
+    output: Tensor = _AttendToAll.apply(q, k, v, pieces, feature_map)  # type: ignore[no-untyped-call]
+    return output
 
 
-def divide(sums: Sums) -> Values:
-    """Numerator by denominator; zero where no key is seen, as at padding."""
-    numerator, denominator = sums[..., :-1], sums[..., -1:]
-    return numerator / (denominator + (denominator == 0))
+class _AttendToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece], feature_map: FeatureMap) -> Tensor:
+        output = _empty_like(v, pieces)
+        denominators = q.new_ones((*q.shape[:3], 1), dtype=compute_dtype(q, k, v))
+        summaries = []
+        with torch.autocast(q.device.type, enabled=False):
+            for piece in pieces:
+                work = _PieceWork(q=q, k=k, v=v, piece=piece, feature_map=feature_map)
+                summaries.append(work.forward(output, denominators))
+        # The states of many short segments would be more than their features; they are summed again.
+        states = [
+            summary.state if piece.num_residues >= feature_map.num_features else None
+            for piece, summary in zip(pieces, summaries, strict=True)
+        ]
+        references = [summary.reference for summary in summaries]
+        ctx.save_for_backward(q, k, v, output, denominators, *references, *states)
+        ctx.pieces, ctx.feature_map = pieces, feature_map
+        ctx.is_certain = [summary.is_certain for summary in summaries]
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, output, denominators, *saved = ctx.saved_tensors
+        references, states = saved[: len(ctx.pieces)], saved[len(ctx.pieces) :]
+        gradients = (_empty_like(q, ctx.pieces), _empty_like(k, ctx.pieces), _empty_like(v, ctx.pieces))
+        with torch.autocast(q.device.type, enabled=False):
+            for piece, *summary in zip(ctx.pieces, references, states, ctx.is_certain, strict=True):
+                work = _PieceWork(q=q, k=k, v=v, piece=piece, feature_map=ctx.feature_map)
+                work.backward(_Summary(*summary), (output, denominators, gradient), gradients)
+        return *gradients, None, None
 
 
-def bidirectional_sums(query_features: Features, key_features: Features, values: Sums, blocks: Blocks) -> Sums:
-    """Every query sees all keys of its segment; all arguments are laid out as `blocks`."""
-    state = blocks.total(key_features.transpose(-1, -2) @ values)
-    return query_features @ state
+@dataclass(frozen=True, slots=True)
+class _Summary:
+    """What queries, and the backward pass, need to know of the keys of a piece."""
+
+    reference: Reference | None
+    state: State | None
+    is_certain: bool
+    """Whether references are such that no key exceeds them; queries are then given their own as well."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CausalBlock:
-    """One block of consecutive residues of all rows: a step of the causal loop."""
+class _PieceWork:
+    """Both passes over one piece, block by block, in one buffer of features."""
 
-    q: Heads
-    k: Heads
-    values: Sums
-    segments: Segments
-    mask: Bool[Tensor, "batch 1 residue 1"]
-    """False at padding."""
-    visible: Bool[Tensor, "batch 1 residue residue"]
-    continues: Bool[Tensor, "batch 1 residue 1"]
-    """The residue's segment was open at the end of the block before: it sees the carried state."""
-    stays_open: Bool[Tensor, "batch 1 residue 1"]
-    """The residue's segment is open at the end of this block: it goes into the carried state."""
-    is_uniform: bool
-    """No row holds residues of two segments here, nor padding before residues."""
+    def __init__(self, *, q: Heads, k: Heads, v: Values, piece: Piece, feature_map: FeatureMap) -> None:
+        self.q, self.k, self.v, self.piece, self.feature_map = q, k, v, piece, feature_map
+        self.dtype = compute_dtype(q, k, v)
+        self.num_heads, self.num_rows = q.shape[1], piece.num_segments * q.shape[1]
+        num_features = feature_map.num_features
+        size = block_residues(piece, num_features=self.num_heads * num_features, device=q.device)
+        self.ranges = block_ranges(piece.num_residues, size)
+        self.buffer = q.new_empty((self.num_rows, size, num_features), dtype=self.dtype)
+        num_columns = q.shape[3] + feature_map.num_further_columns
+        self.query_inputs, self.key_inputs = (self.buffer.new_empty((self.num_rows, size, num_columns)) for _ in "qk")
+        feature_map.fill_further_columns(self.query_inputs)
+        feature_map.fill_further_columns(self.key_inputs)
+        self.values = self.buffer.new_ones((self.num_rows, size, v.shape[3] + 1))
+        self.sums = torch.empty_like(self.values)
 
-    @property
-    def passes_through(self) -> Bool[Tensor, "batch 1 1 1"]:
-        """One segment spans the whole block, and the carried state goes on through it."""
-        return self.continues[:, :, -1:]
+    def forward(self, output: Values, denominators: Denominators) -> _Summary:
+        if not self.feature_map.has_references:
+            summary = _Summary(None, self._sum_keys(None), is_certain=False)
+            self._attend(summary, output, denominators)
+            return summary
+        reference = self._guess_reference()
+        summary = _Summary(reference, self._sum_keys(reference), is_certain=False)
+        assert summary.state is not None
+        if _is_in_range(summary.state[:, :, -1]):
+            self._attend(summary, output, denominators)
+            if _is_in_range(self.piece.take(denominators, 0, self.piece.num_residues)):
+                return summary
+        reference = self._certain_reference()
+        summary = _Summary(reference, self._sum_keys(reference), is_certain=True)
+        self._attend(summary, output, denominators)
+        return summary
 
-
-def causal_blocks(q: Heads, k: Heads, v: Values, segments: Segments) -> Iterator[CausalBlock]:
-    """Cut rows into blocks of a power of two of residues (padded at the end), in order."""
-    length = segments.shape[1]
-    size = min(CAUSAL_BLOCK_RESIDUES, 1 << (length - 1).bit_length())
-    end = -length % size
-    segments = F.pad(segments, (0, end))
-    values = with_ones(F.pad(v, (0, 0, 0, end)), (segments > 0)[:, None, :, None])
-    # split rather than slices: its backward is one concatenation instead of one full-length array a block.
-    parts = [F.pad(x, (0, 0, 0, end)).split(size, dim=2) for x in (q, k)]
-    by_block = segments.split(size, dim=1)
-    open_segment = torch.zeros_like(segments[:, :1])
-    for *qkv, ids, is_uniform in zip(*parts, values.split(size, dim=2), by_block, _uniform(by_block), strict=True):
-        is_residue = ids > 0
-        yield CausalBlock(
-            q=qkv[0],
-            k=qkv[1],
-            values=qkv[2],
-            segments=ids,
-            mask=is_residue[:, None, :, None],
-            visible=visible_pairs(ids, causal=True),
-            continues=(is_residue & (ids == open_segment))[:, None, :, None],
-            stays_open=(is_residue & (ids == ids[:, -1:]))[:, None, :, None],
-            is_uniform=is_uniform,
+    def backward(
+        self, summary: _Summary, output: tuple[Values, Denominators, Values], gradients: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        """Fill in the gradients of q, k and v; `output` are the outputs, their denominators, and their gradient."""
+        state = self._sum_keys(summary.reference) if summary.state is None else summary.state
+        self.gradient_buffer = torch.empty_like(self.buffer)
+        self.inputs_gradient = self.buffer.new_empty((*self.buffer.shape[:2], self.q.shape[3]))
+        state_gradient = self._differentiate_queries(
+            _Summary(summary.reference, state, summary.is_certain), output, gradients[0]
         )
-        open_segment = ids[:, -1:]
+        self._differentiate_keys(summary.reference, state_gradient, gradients[1], gradients[2])
+
+    def _guess_reference(self) -> Reference:
+        """The largest log feature of some of the keys, so that every feature's sum has a term of 1."""
+        num_residues = self.piece.num_residues
+        stride = max(16, num_residues // NUM_SAMPLED_KEYS)
+        sample = self.piece.take(self.k, 0, num_residues)[:, :, ::stride]
+        inputs = self.key_inputs.new_empty((self.num_rows, sample.shape[2], self.key_inputs.shape[2]))
+        self.feature_map.fill_further_columns(inputs)
+        self.feature_map.load(sample, inputs, is_key=True)
+        matrix = self._matrix(None)
+        assert matrix is not None
+        return torch.bmm(inputs, matrix).amax(dim=1)
+
+    def _certain_reference(self) -> Reference:
+        """The largest log feature of all keys."""
+        matrix = self._matrix(None)
+        largest = [self._key_products(matrix, *block).amax(dim=1) for block in self.ranges]
+        return torch.stack(largest).amax(dim=0)
+
+    def _sum_keys(self, reference: Reference | None) -> State:
+        matrix = self._matrix(None if reference is None else -reference)
+        state = self.buffer.new_zeros((self.num_rows, self.buffer.shape[2], self.values.shape[2]))
+        for block in self.ranges:
+            features = self.feature_map.activate(self._key_products(matrix, *block))
+            state.baddbmm_(features.transpose(1, 2), self._load_values(*block))
+        return state
+
+    def _attend(self, summary: _Summary, output: Values, denominators: Denominators) -> None:
+        matrix = self._matrix(summary.reference)
+        assert summary.state is not None
+        for start, stop in self.ranges:
+            products = self._query_products(matrix, summary, start, stop)
+            sums = torch.bmm(self.feature_map.activate(products), summary.state, out=self.sums[:, : stop - start])
+            numerator, denominator = self._by_segment(sums[..., :-1]), self._by_segment(sums[..., -1:])
+            self.piece.put(output, start, stop, numerator.div_(denominator))
+            self.piece.put(denominators, start, stop, denominator)
+
+    def _differentiate_queries(
+        self, summary: _Summary, output: tuple[Values, Denominators, Values], gradient: Heads
+    ) -> State:
+        """Fill in the gradient of q; the gradient of the state."""
+        matrix = self._matrix(summary.reference)
+        assert summary.state is not None
+        state_gradient = torch.zeros_like(summary.state)
+        for start, stop in self.ranges:
+            products = self._query_products(matrix, summary, start, stop)
+            sums_gradient = self._sums_gradient(output, start, stop)
+            products_gradient = self._gradient_of_features(sums_gradient, summary.state)
+            self.feature_map.activate_with_gradient(products, products_gradient)
+            state_gradient.baddbmm_(products.transpose(1, 2), sums_gradient)
+            # What |q|^2 and a query's own reference give is zero: they cancel in the quotient.
+            self.piece.put(gradient, start, stop, self._by_segment(self._pull_back(products_gradient)))
+        return state_gradient
+
+    def _differentiate_keys(
+        self, reference: Reference | None, state_gradient: State, k_gradient: Heads, v_gradient: Values
+    ) -> None:
+        matrix = self._matrix(None if reference is None else -reference)
+        for start, stop in self.ranges:
+            products, values = self._key_products(matrix, start, stop), self._load_values(start, stop)
+            products_gradient = self._gradient_of_features(values, state_gradient)
+            self.feature_map.activate_with_gradient(products, products_gradient)
+            values_gradient = torch.bmm(products, state_gradient, out=self.sums[:, : stop - start])
+            self.piece.put(v_gradient, start, stop, self._by_segment(values_gradient[..., :-1]))
+            gradient = self._pull_back(products_gradient)
+            if self.feature_map.norm_factor:
+                # The sum over features of products_gradient, from arrays that are smaller.
+                of_norm = values_gradient.mul_(values).sum(dim=-1, keepdim=True)
+                k = self.key_inputs[:, : stop - start, : gradient.shape[2]]
+                gradient.addcmul_(of_norm, k, value=-2 * self.feature_map.norm_factor)
+            self.piece.put(k_gradient, start, stop, self._by_segment(gradient))
+
+    def _pull_back(self, products_gradient: Block) -> Tensor:
+        return self.feature_map.pull_back(products_gradient, self.inputs_gradient[:, : products_gradient.shape[1]])
+
+    def _matrix(self, reference: Reference | None) -> Tensor | None:
+        return self.feature_map.matrix(reference, self.num_rows)
+
+    def _key_products(self, matrix: Tensor | None, start: int, stop: int) -> Block:
+        num_residues = stop - start
+        x = self.piece.take(self.k, start, stop)
+        inputs = self.feature_map.load(x, self.key_inputs[:, :num_residues], is_key=True)
+        return self.feature_map.multiply(inputs, matrix, self.buffer[:, :num_residues])
+
+    def _query_products(self, matrix: Tensor | None, summary: _Summary, start: int, stop: int) -> Block:
+        num_residues = stop - start
+        x = self.piece.take(self.q, start, stop)
+        inputs = self.feature_map.load(x, self.query_inputs[:, :num_residues], is_key=False)
+        products = self.feature_map.multiply(inputs, matrix, self.buffer[:, :num_residues])
+        return products.sub_(products.amax(dim=-1, keepdim=True)) if summary.is_certain else products
+
+    def _load_values(self, start: int, stop: int) -> BlockSums:
+        """[v_j, 1], and zeros where there is no residue."""
+        values = self.values[:, : stop - start]
+        by_segment = self._by_segment(values)
+        by_segment[..., :-1] = self.piece.take(self.v, start, stop)
+        mask = self.piece.mask(start, stop)
+        if mask is not None:
+            by_segment[..., -1] = 1
+            by_segment.mul_(mask)
+        return values
+
+    def _sums_gradient(self, output: tuple[Values, Denominators, Values], start: int, stop: int) -> BlockSums:
+        """G of the module's docstring."""
+        y, denominator, gradient = (self.piece.take(x, start, stop) for x in output)
+        flat = self.sums[:, : stop - start]
+        sums = self._by_segment(flat)
+        torch.div(gradient, denominator, out=sums[..., :-1])
+        torch.sum(sums[..., :-1] * y, dim=-1, out=sums[..., -1])
+        sums[..., -1].neg_()
+        mask = self.piece.mask(start, stop)
+        if mask is not None:
+            sums.mul_(mask)
+        return flat
+
+    def _gradient_of_features(self, left: Tensor, state: State) -> Block:
+        return torch.bmm(left, state.transpose(1, 2), out=self.gradient_buffer[:, : left.shape[1]])
+
+    def _by_segment(self, x: Float[Tensor, "row residue channel"]) -> Float[Tensor, "segment head residue channel"]:
+        return x.view(self.piece.num_segments, self.num_heads, *x.shape[1:])
 
 
-def causal_sums(query_features: Features, key_features: Features, block: CausalBlock, state: State) -> Sums:
-    """Every query sees itself, the earlier keys of its segment in the block, and those in `state`."""
-    pairs = (query_features @ key_features.transpose(-1, -2)).masked_fill(~block.visible, 0)
-    return pairs @ block.values + (query_features @ state).masked_fill(~block.continues, 0)
+def _empty_like(x: Tensor, pieces: list[Piece]) -> Tensor:
+    """For results of the pieces; zero if there is padding, which no piece touches."""
+    num_residues = sum(piece.count_residues() for piece in pieces)
+    return torch.empty_like(x) if num_residues == x.shape[0] * x.shape[2] else torch.zeros_like(x)
 
 
-def state_after(key_features: Features, block: CausalBlock, state: State) -> State:
-    """The state of the segment that is open at the end of the block."""
-    added = key_features.transpose(-1, -2) @ block.values.masked_fill(~block.stays_open, 0)
-    return state.masked_fill(~block.passes_through, 0) + added
-
-
-def weights_by_identity(
-    attend: Callable[[Heads, Heads, Values, Segments], Values], q: Heads, k: Heads, segments: Segments
-) -> AttentionWeights:
-    """The attention matrix, recovered by attending over V = I (Choromanski et al. 2021, appendix C.4).
-
-    Segment by segment, so that the identity is as wide as a segment and not as the row.
-    """
-    rows = [
-        _weights_of_row(attend, row_q, row_k, row_segments)
-        for row_q, row_k, row_segments in zip(q.split(1), k.split(1), segments, strict=True)
-    ]
-    return torch.cat(rows)
-
-
-def _weights_of_row(
-    attend: Callable[[Heads, Heads, Values, Segments], Values],
-    q: Heads,
-    k: Heads,
-    segments: Int[Tensor, " residue"],
-) -> AttentionWeights:
-    num_heads, length = q.shape[1], q.shape[2]
-    weights = q.new_zeros((1, num_heads, length, length), dtype=compute_dtype(q, k))
-    start = 0
-    for segment, num_residues in runs(segments):
-        stop = start + num_residues
-        if segment > 0:
-            identity = torch.eye(num_residues, dtype=weights.dtype, device=q.device)
-            values = identity.expand(1, num_heads, -1, -1)
-            alone = torch.ones_like(segments[None, start:stop])
-            block = attend(q[:, :, start:stop], k[:, :, start:stop], values, alone)
-            weights = weights + F.pad(block, (start, length - stop, start, length - stop))
-        start = stop
-    return weights
-
-
-def _uniform(blocks: tuple[Segments, ...]) -> list[bool]:
-    """For each block, whether every row is one segment in it from the first residue on, then perhaps padding."""
-    ids = torch.stack(blocks)
-    flags: list[bool] = ((ids == 0) | (ids == ids[:, :, :1])).flatten(1).all(dim=1).tolist()
-    return flags
+def _is_in_range(sums: Tensor) -> bool:
+    """Whether sums of guessed features, or denominators, have all their digits; NaN has not."""
+    smallest, largest = (float(x) for x in sums.aminmax())
+    return smallest >= SMALLEST_GUESSED_SUM and largest <= LARGEST_GUESSED_SUM

@@ -1,0 +1,198 @@
+"""Feature maps of linear attention, as the blocked engines compute them: in place, on one block of features.
+
+In: a block of queries or keys. Out: phi(x) in a buffer that is given. Both kinds of map are a matrix product and an
+elementwise function. What is added to the product (offsets of a residue, of a feature) is folded into it as further
+columns of x: no extra pass over the features, which are by far the largest arrays here.
+
+    ExponentialMap   log phi(x)_r = w_r . x + b_r - c |x|^2       (FAVOR+; Choromanski et al. 2021, lemma 1)
+    PointwiseMap     phi(x)_r = f(w_r . x) + epsilon              (generalized attention; ibid., eq. 5)
+
+The features of an ExponentialMap are only ever computed relative to references: for keys, one number a feature is
+taken from log phi(k)_r, and added to log phi(q)_r. They cancel in the quotient (see `favor`).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from protformer.config import GeneralizedFunction
+
+Inputs = Float[Tensor, "row residue column"]
+"""x and the further columns; a row is one head of one segment."""
+Block = Float[Tensor, "row residue feature"]
+InputsGradient = Float[Tensor, "row residue head_dim"]
+Reference = Float[Tensor, "row feature"]
+
+GELU_RAISED = 0.17
+"""Added to gelu, whose least value is -0.16997, as weights must be positive."""
+
+
+class FeatureMap(ABC):
+    """What both kinds of map provide to the engines."""
+
+    num_features: int
+    has_references: bool
+
+    num_further_columns: int
+
+    @abstractmethod
+    def fill_further_columns(self, inputs: Inputs) -> None:
+        """Those that do not depend on x, and zero in the others; once for a buffer."""
+
+    def load(self, x: Float[Tensor, "segment head residue head_dim"], inputs: Inputs, *, is_key: bool) -> Inputs:
+        """Fill a buffer with x."""
+        inputs.unflatten(0, (-1, x.shape[1]))[..., : x.shape[3]] = x
+        return inputs
+
+    @abstractmethod
+    def matrix(self, reference: Reference | None, num_rows: int) -> Float[Tensor, "row column feature"] | None:
+        """What inputs are multiplied with; a reference is added to every feature."""
+
+    @abstractmethod
+    def activate(self, block: Block) -> Block:
+        """From products to features, in place."""
+
+    @abstractmethod
+    def activate_with_gradient(self, block: Block, gradient: Block) -> None:
+        """As `activate`, and turn the features' gradient into that of the products, in place too."""
+
+    @abstractmethod
+    def pull_back(self, gradient: Block, out: InputsGradient) -> InputsGradient:
+        """From the products' gradient to that of x, without what `norm_factor` gives."""
+
+    @property
+    def norm_factor(self) -> float:
+        """c of the module's docstring."""
+        return 0.0
+
+    @abstractmethod
+    def multiply(self, inputs: Inputs, matrix: Float[Tensor, "row column feature"] | None, out: Block) -> Block:
+        """The products of a block."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExponentialMap(FeatureMap):
+    """Positive features, kept as logarithms for as long as possible."""
+
+    weight: Float[Tensor, "feature head_dim"]
+    """The projection, with all scales of x included."""
+    bias: Float[Tensor, " feature"] | None
+    factor: float
+    """Of |x|^2: head_dim ** -0.5 / 2 for the softmax kernel, as x is scaled by head_dim ** -0.25."""
+    has_references = True
+    num_further_columns = 2
+
+    @property
+    def num_features(self) -> int:  # type: ignore[override]
+        return self.weight.shape[0]
+
+    @property
+    def norm_factor(self) -> float:
+        return self.factor
+
+    def fill_further_columns(self, inputs: Inputs) -> None:
+        inputs[..., -2] = 0
+        inputs[..., -1] = 1
+
+    def load(self, x: Float[Tensor, "segment head residue head_dim"], inputs: Inputs, *, is_key: bool) -> Inputs:
+        copy = inputs[..., : x.shape[3]]
+        copy.unflatten(0, (-1, x.shape[1])).copy_(x)
+        if is_key:  # that of a query would cancel
+            torch.sum((copy * copy).mul_(-self.factor), dim=-1, out=inputs[..., -2])
+        return inputs
+
+    def matrix(self, reference: Reference | None, num_rows: int) -> Float[Tensor, "row column feature"]:
+        num_features, head_dim = self.weight.shape
+        matrix = self.weight.new_empty((num_rows, head_dim + 2, num_features))
+        matrix[:, :-2] = self.weight.T
+        matrix[:, -2] = 1
+        matrix[:, -1] = 0 if reference is None else reference
+        if self.bias is not None:
+            matrix[:, -1] += self.bias
+        return matrix
+
+    def multiply(self, inputs: Inputs, matrix: Float[Tensor, "row column feature"] | None, out: Block) -> Block:
+        assert matrix is not None
+        return torch.bmm(inputs, matrix, out=out)
+
+    def activate(self, block: Block) -> Block:
+        return block.exp_()
+
+    def activate_with_gradient(self, block: Block, gradient: Block) -> None:
+        gradient.mul_(block.exp_())
+
+    def pull_back(self, gradient: Block, out: InputsGradient) -> InputsGradient:
+        return torch.bmm(gradient, self.weight.expand(len(gradient), -1, -1), out=out)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PointwiseMap(FeatureMap):
+    """f of every product, plus epsilon; without a projection, of x itself."""
+
+    weight: Float[Tensor, "feature head_dim"] | None
+    """The projection, with all scales of x included."""
+    head_dim: int
+    function: GeneralizedFunction
+    epsilon: float
+    has_references = False
+
+    @property
+    def num_features(self) -> int:  # type: ignore[override]
+        return self.head_dim if self.weight is None else self.weight.shape[0]
+
+    @property
+    def shift(self) -> float:
+        """What is added to the products: relu(p) + epsilon = max(p + epsilon, epsilon), one pass instead of two."""
+        return self.epsilon if self.function == "relu" else 0.0
+
+    @property
+    def num_further_columns(self) -> int:  # type: ignore[override]
+        return 0 if self.weight is None else 1
+
+    def fill_further_columns(self, inputs: Inputs) -> None:
+        inputs[..., self.head_dim :] = self.shift
+
+    def matrix(self, reference: Reference | None, num_rows: int) -> Float[Tensor, "row column feature"] | None:
+        if self.weight is None:
+            return None
+        return torch.cat((self.weight.T, self.weight.new_ones(1, len(self.weight)))).expand(num_rows, -1, -1)
+
+    def multiply(self, inputs: Inputs, matrix: Float[Tensor, "row column feature"] | None, out: Block) -> Block:
+        if matrix is None:
+            return torch.add(inputs, self.shift, out=out)
+        return torch.bmm(inputs, matrix, out=out)
+
+    def activate(self, block: Block) -> Block:
+        if self.function == "relu":
+            return block.clamp_min_(self.epsilon)
+        if self.function == "sigmoid":
+            block.sigmoid_()
+        elif self.function == "abs":
+            block.abs_()
+        elif self.function == "elu_plus_one":
+            F.elu_(block).add_(1)
+        else:
+            block.copy_(F.gelu(block)).add_(GELU_RAISED)
+        return block.add_(self.epsilon)
+
+    def activate_with_gradient(self, block: Block, gradient: Block) -> None:
+        if self.function == "relu":
+            torch.ops.aten.threshold_backward.grad_input(gradient, block, self.epsilon, grad_input=gradient)
+        elif self.function == "sigmoid":
+            gradient.mul_(block.sigmoid()).mul_(torch.sigmoid(-block))
+        elif self.function == "abs":
+            gradient.mul_(block.sign())
+        elif self.function == "elu_plus_one":
+            gradient.mul_(block.clamp_max(0).exp_())
+        else:
+            gradient.copy_(torch.ops.aten.gelu_backward(gradient, block))
+        self.activate(block)
+
+    def pull_back(self, gradient: Block, out: InputsGradient) -> InputsGradient:
+        if self.weight is None:
+            return gradient
+        return torch.bmm(gradient, self.weight.expand(len(gradient), -1, -1), out=out)
