@@ -15,6 +15,7 @@ from torch import Tensor
 
 from protformer.attention import ATTENTION_KINDS, build_attention
 from protformer.attention.interface import Attention
+from protformer.attention.linear_kind import LinearAttention
 from protformer.config import AttentionConfig, ExactConfig, FavorConfig, GeneralizedConfig
 
 CONFIGS: dict[str, AttentionConfig] = {
@@ -329,6 +330,24 @@ def test_relu_features_do_not_overflow_float16_at_a_long_length(causal: bool) ->
 
 def linear_kinds() -> list[str]:
     return [name for name in CONFIGS if name != "exact"]
+
+
+@pytest.mark.parametrize("name", linear_kinds())
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_decoding_step_by_step_gives_the_training_outputs(name: str, scale: float, dtype: torch.dtype) -> None:
+    attention, length = build(name, causal=True), 150
+    assert isinstance(attention, LinearAttention)
+    q, k, v = draw(length, batch=2, dtype=dtype)
+    q, k = scale * q, scale * k
+    expected = attention(q, k, v, one_segment(length, batch=2))
+    state, outputs = attention.initial_state(q, v), []
+    for at_once in zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), strict=True):
+        output, state = attention.step(*at_once, state)
+        outputs.append(output)
+    # In float32 a log feature of size 30 ** 2 * 10 is rounded by 5e-4.
+    tolerance = FLOAT64 if dtype == torch.float64 else FLOAT32 if scale == 1.0 else {"atol": 5e-3, "rtol": 5e-3}
+    torch.testing.assert_close(torch.cat(outputs, dim=2), expected, **tolerance)
 
 
 @pytest.mark.parametrize("name", linear_kinds())

@@ -1,107 +1,302 @@
-"""Causal linear attention in blocks of residues.
+"""Causal linear attention in blocks, and the same one residue at a time.
 
-A loop over blocks of residues carries sum_j phi(k_j) [v_j, 1] from block to block and takes the pairs inside a block
-explicitly (Choromanski et al. 2021, section 2.5.1): O(residue) time, and no prefix sums over residues are ever stored.
+In and out as in `linear`, except that a query attends to itself and the keys before it. A loop over blocks of residues
+carries S, the sum of phi(k_j) [v_j, 1] over all keys before the block, and takes the pairs inside a block explicitly
+(Choromanski et al. 2021, section 2.5.1). Time is linear in the residues; memory beyond q, k, v, the output and one
+number a query is that of some blocks. The backward pass computes all features again, and keeps no states: a sweep
+forward has S for the gradients of queries, a sweep backward has the gradient of S for those of keys and values. With
+P = phi(Q) and F = phi(K) of a block, G as in `linear`, and the lower triangles of P F^T and G [V, 1]^T,
+
+    A = tril(P F^T)       B = tril(G [V, 1]^T)
+    dP = G S^T + B F      dF = [V, 1] dS^T + B^T P      d[V, 1] = F dS + A^T G      dS += P^T G
+
+No query may know of a later key, not even in rounding. The references of exponential features (see `favor`)
+are therefore those of the first key. Keys later on may exceed them, usually by little. From the block on where one
+does by LARGEST_EXPONENT, references are the maxima over all keys before the block; in such a block itself, the
+queries that see such a key are computed as in `careful_causal`, at some times the cost. Whether a query is
+one of them depends on what it sees alone.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from protformer.attention.block_work import (
+    BlockSums,
+    BlockWork,
+    Denominators,
+    State,
+    Values,
+    compute_dtype,
+    empty_like,
+)
+from protformer.attention.careful_causal import LARGEST_EXPONENT, CarefulBlock, careful_block
+from protformer.attention.feature_maps import Block, ExponentialMap, FeatureMap, Reference
 from protformer.attention.interface import Heads, Segments
-from protformer.attention.linear import Values
-from protformer.attention.segments import visible_pairs
+from protformer.attention.pieces import Piece, block_ranges, lay_out
 
-Features = Float[Tensor, "batch head residue feature"]
-Sums = Float[Tensor, "batch head residue channel"]
-"""Numerator in all channels but the last, denominator in the last."""
-State = Float[Tensor, "batch head feature channel"]
-"""sum_j phi(k_j) [v_j, 1] over the keys of a segment so far."""
-
-CAUSAL_BLOCK_RESIDUES = 128
+CAUSAL_BLOCK_RESIDUES = 64
 """A power of two. Larger blocks have more pairs a residue, smaller ones more steps, each of a fixed cost."""
 
 
-def with_ones(v: Values, mask: Bool[Tensor, "batch 1 residue 1"]) -> Sums:
-    """[v_j, 1] for residues and zeros for padding, which so adds nothing to numerator nor denominator."""
-    return F.pad(v, (0, 1), value=1.0).masked_fill(~mask, 0)
+def attend_to_past(q: Heads, k: Heads, v: Values, segments: Segments, feature_map: FeatureMap) -> Values:
+    """Every query attends to the keys of its segment up to its own; in the dtype of v, zero at padding."""
+    pieces = lay_out(segments, num_features=q.shape[1] * feature_map.num_features)
+    output: Tensor = _AttendToPast.apply(q, k, v, pieces, feature_map)  # type: ignore[no-untyped-call]
+    return output
 
 
-def divide(sums: Sums) -> Values:
-    """Numerator by denominator; zero where no key is seen, as at padding."""
-    numerator, denominator = sums[..., :-1], sums[..., -1:]
-    return numerator / (denominator + (denominator == 0))
+@dataclass(frozen=True, slots=True)
+class Past:
+    """All that attention remembers of the residues so far; its size does not grow with them."""
+
+    state: Float[Tensor, "batch head feature channel"]
+    """S, relative to the references."""
+    reference: Float[Tensor, "batch head feature"] | None
+    """The largest log feature of a key so far, -inf before the first; None for maps that need no references."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CausalBlock:
-    """One block of consecutive residues of all rows: a step of the causal loop."""
-
-    q: Heads
-    k: Heads
-    values: Sums
-    segments: Segments
-    mask: Bool[Tensor, "batch 1 residue 1"]
-    """False at padding."""
-    visible: Bool[Tensor, "batch 1 residue residue"]
-    continues: Bool[Tensor, "batch 1 residue 1"]
-    """The residue's segment was open at the end of the block before: it sees the carried state."""
-    stays_open: Bool[Tensor, "batch 1 residue 1"]
-    """The residue's segment is open at the end of this block: it goes into the carried state."""
-    is_uniform: bool
-    """No row holds residues of two segments here, nor padding before residues."""
-
-    @property
-    def passes_through(self) -> Bool[Tensor, "batch 1 1 1"]:
-        """One segment spans the whole block, and the carried state goes on through it."""
-        return self.continues[:, :, -1:]
+def no_past(q: Heads, v: Values, feature_map: FeatureMap) -> Past:
+    """What is remembered before the first residue of a batch like this."""
+    rows = (q.shape[0], q.shape[1], feature_map.num_features)
+    dtype = compute_dtype(q, v)
+    reference = q.new_full(rows, -torch.inf, dtype=dtype) if feature_map.has_references else None
+    return Past(state=q.new_zeros((*rows, v.shape[3] + 1), dtype=dtype), reference=reference)
 
 
-def causal_blocks(q: Heads, k: Heads, v: Values, segments: Segments) -> Iterator[CausalBlock]:
-    """Cut rows into blocks of a power of two of residues (padded at the end), in order."""
-    length = segments.shape[1]
-    size = min(CAUSAL_BLOCK_RESIDUES, 1 << (length - 1).bit_length())
-    end = -length % size
-    segments = F.pad(segments, (0, end))
-    values = with_ones(F.pad(v, (0, 0, 0, end)), (segments > 0)[:, None, :, None])
-    # split rather than slices: its backward is one concatenation instead of one full-length array a block.
-    parts = [F.pad(x, (0, 0, 0, end)).split(size, dim=2) for x in (q, k)]
-    by_block = segments.split(size, dim=1)
-    open_segment = torch.zeros_like(segments[:, :1])
-    for *qkv, ids, is_uniform in zip(*parts, values.split(size, dim=2), by_block, _uniform(by_block), strict=True):
-        is_residue = ids > 0
-        yield CausalBlock(
-            q=qkv[0],
-            k=qkv[1],
-            values=qkv[2],
-            segments=ids,
-            mask=is_residue[:, None, :, None],
-            visible=visible_pairs(ids, causal=True),
-            continues=(is_residue & (ids == open_segment))[:, None, :, None],
-            stays_open=(is_residue & (ids == ids[:, -1:]))[:, None, :, None],
-            is_uniform=is_uniform,
+def attend_one_step(
+    q: Float[Tensor, "batch head 1 head_dim"],
+    k: Float[Tensor, "batch head 1 head_dim"],
+    v: Float[Tensor, "batch head 1 value_dim"],
+    past: Past,
+    feature_map: FeatureMap,
+) -> tuple[Float[Tensor, "batch head 1 value_dim"], Past]:
+    """The output of one residue more, and the past of the next: decoding in constant time and memory a residue."""
+    with torch.autocast(q.device.type, enabled=False):
+        dtype = past.state.dtype
+        state, reference = past.state.flatten(0, 1), past.reference
+        if isinstance(feature_map, ExponentialMap):
+            assert reference is not None
+            before = reference.flatten(0, 1)
+            log_q = feature_map.logarithms(q.to(dtype).flatten(0, 1), is_key=False)
+            log_k = feature_map.logarithms(k.to(dtype).flatten(0, 1), is_key=True)
+            now = torch.maximum(before, log_k.squeeze(1))
+            state = state * (before - now).exp().unsqueeze(-1)
+            key_features = (log_k - now.unsqueeze(1)).exp()
+            query_features = (log_q + now.unsqueeze(1)).softmax(dim=-1)
+            reference = now.view_as(reference)
+        else:
+            query_features, key_features = (_features(x.to(dtype), feature_map) for x in (q, k))
+        values = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1).to(dtype).flatten(0, 1)
+        state = state + key_features.transpose(1, 2) @ values
+        sums = query_features @ state
+        output = (sums[..., :-1] / sums[..., -1:]).view(v.shape)
+        return output.to(v.dtype), Past(state=state.view_as(past.state), reference=reference)
+
+
+class _AttendToPast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece], feature_map: FeatureMap) -> Tensor:
+        output = empty_like(v, pieces)
+        denominators = q.new_ones((*q.shape[:3], 1), dtype=compute_dtype(q, k, v))
+        references: list[list[Reference | None]] = []
+        with torch.autocast(q.device.type, enabled=False):
+            for piece in pieces:
+                work = _CausalWork(q=q, k=k, v=v, piece=piece, feature_map=feature_map)
+                references.append(work.forward(output, denominators))
+        ctx.save_for_backward(q, k, v, output, denominators)
+        ctx.pieces, ctx.feature_map, ctx.references = pieces, feature_map, references
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, output, denominators = ctx.saved_tensors
+        gradients = (empty_like(q, ctx.pieces), empty_like(k, ctx.pieces), empty_like(v, ctx.pieces))
+        with torch.autocast(q.device.type, enabled=False):
+            for piece, references in zip(ctx.pieces, ctx.references, strict=True):
+                work = _CausalWork(q=q, k=k, v=v, piece=piece, feature_map=ctx.feature_map)
+                work.backward(references, (output, denominators, gradient), gradients)
+        return *gradients, None, None
+
+
+class _CausalWork(BlockWork):
+    """The sweeps over one piece.
+
+    `references` are those of each block, and at last those after the end; a block is computed carefully if the
+    next does not have the same.
+    """
+
+    def __init__(self, *, q: Heads, k: Heads, v: Values, piece: Piece, feature_map: FeatureMap) -> None:
+        size = min(CAUSAL_BLOCK_RESIDUES, piece.num_residues)
+        super().__init__(q=q, k=k, v=v, piece=piece, feature_map=feature_map, size=size)
+        self.ranges = block_ranges(piece.num_residues, size)
+        self.key_features, self.queries, self.query_features = (torch.empty_like(self.buffer) for _ in range(3))
+        self.pairs, self.pairs_gradient = (self.buffer.new_empty((self.num_rows, size, size)) for _ in range(2))
+
+    def forward(self, output: Values, denominators: Denominators) -> list[Reference | None]:
+        """Fill in the output; gives the references."""
+        state, references = self.no_state(), [self._first_reference()]
+        for start, stop in self.ranges:
+            key_features, exceeds = self._key_features(references[-1], start, stop)
+            query_features = self._activated(self._query_products(references[-1], start, stop), self.query_features)
+            values = self.load_values(start, stop)
+            sums = torch.bmm(query_features, state, out=self.sums[:, : stop - start])
+            sums.baddbmm_(self._pairs(query_features, key_features), values)
+            denominator = sums[..., -1:]
+            result = sums[..., :-1].div_(denominator)
+            reference = references[-1]
+            careful = self._careful(state, reference, start, stop) if exceeds else None
+            state = state.baddbmm_(key_features.transpose(1, 2), values)
+            if careful is not None:
+                result = torch.where(careful.sees_exceeding, careful.output, result)
+                # Other rows, which may be of proteins before this one, must not change by a bit.
+                state = torch.where(careful.row_exceeds, careful.state, state)
+                reference = careful.reference
+            references.append(reference)
+            self.piece.put(output, start, stop, self.by_segment(result))
+            self.piece.put(denominators, start, stop, self.by_segment(denominator))
+        return references
+
+    def backward(
+        self,
+        references: list[Reference | None],
+        output: tuple[Values, Denominators, Values],
+        gradients: tuple[Heads, Heads, Values],
+    ) -> None:
+        """Fill in the gradients of q, k and v; `output` are the outputs, their denominators, and their gradient."""
+        self.allocate_for_backward()
+        careful_states = self._sweep_forward(references, output, gradients[0])
+        self._sweep_backward(references, careful_states, output, gradients)
+
+    def _sweep_forward(
+        self, references: list[Reference | None], output: tuple[Values, Denominators, Values], gradient: Heads
+    ) -> dict[int, State]:
+        """The gradients of queries; gives the states before the blocks that are computed carefully."""
+        state, careful_states = self.no_state(), {}
+        for number, (start, stop) in enumerate(self.ranges):
+            if references[number + 1] is not references[number]:
+                careful_states[number] = state
+                state = self._careful(state, references[number], start, stop).state
+                continue
+            key_features, _ = self._key_features(references[number], start, stop)
+            products = self._query_products(references[number], start, stop)
+            values, sums_gradient = self.load_values(start, stop), self.sums_gradient(output, start, stop)
+            products_gradient = self.gradient_of_features(sums_gradient, state)
+            products_gradient.baddbmm_(self._pairs_gradient(sums_gradient, values), key_features)
+            self.feature_map.activate_with_gradient(products, products_gradient)
+            self.piece.put(gradient, start, stop, self.by_segment(self.pull_back(products_gradient)))
+            state.baddbmm_(key_features.transpose(1, 2), values)
+        return careful_states
+
+    def _sweep_backward(
+        self,
+        references: list[Reference | None],
+        careful_states: dict[int, State],
+        output: tuple[Values, Denominators, Values],
+        gradients: tuple[Heads, Heads, Values],
+    ) -> None:
+        """The gradients of keys and values, and all of the careful blocks."""
+        state_gradient = self.no_state()
+        for number, (start, stop) in reversed(list(enumerate(self.ranges))):
+            if number in careful_states:
+                state = careful_states[number]
+                state_gradient = self._differentiate_carefully(
+                    (state, state_gradient), references[number], output[2], gradients, start, stop
+                )
+                continue
+            key_features, _ = self._key_features(references[number], start, stop)
+            query_features = self._activated(self._query_products(references[number], start, stop), self.query_features)
+            values, sums_gradient = self.load_values(start, stop), self.sums_gradient(output, start, stop)
+            pairs, pairs_gradient = (
+                self._pairs(query_features, key_features), self._pairs_gradient(sums_gradient, values)
+            )  # fmt: skip
+            products_gradient = self.gradient_of_features(values, state_gradient)
+            products_gradient.baddbmm_(pairs_gradient.transpose(1, 2), query_features)
+            values_gradient = torch.bmm(key_features, state_gradient).baddbmm_(pairs.transpose(1, 2), sums_gradient)
+            self.feature_map.activate_with_gradient(self.buffer[:, : stop - start], products_gradient)
+            state_gradient.baddbmm_(query_features.transpose(1, 2), sums_gradient)
+            self.put_key_gradients(gradients, products_gradient, values_gradient, start, stop)
+
+    def _first_reference(self) -> Reference | None:
+        """The log features of the first key, which every query of the segment sees."""
+        if not self.feature_map.has_references:
+            return None
+        return self.key_products(self.matrix(None), 0, 1)[:, 0].clone()
+
+    def _key_features(self, reference: Reference | None, start: int, stop: int) -> tuple[Block, bool]:
+        """Features, and whether any exceeded the reference too far: that is cut down to what an exponential holds."""
+        products = self.key_products(self.matrix(None if reference is None else -reference), start, stop)
+        exceeds = reference is not None and not float(products.amax()) <= LARGEST_EXPONENT
+        return self._activated(
+            products.clamp_(max=LARGEST_EXPONENT) if exceeds else products, self.key_features
+        ), exceeds
+
+    def _query_products(self, reference: Reference | None, start: int, stop: int) -> Block:
+        return self.query_products(
+            self.matrix(reference), start, stop, centre=self.feature_map.has_references, out=self.queries
         )
-        open_segment = ids[:, -1:]
+
+    def _activated(self, products: Block, buffer: Tensor) -> Block:
+        return self.feature_map.activate(buffer[:, : products.shape[1]].copy_(products))
+
+    def _pairs(self, query_features: Block, key_features: Block) -> Tensor:
+        """A of the module's docstring."""
+        length = query_features.shape[1]
+        return torch.bmm(query_features, key_features.transpose(1, 2), out=self.pairs[:, :length, :length]).tril_()
+
+    def _pairs_gradient(self, sums_gradient: BlockSums, values: BlockSums) -> Tensor:
+        """B of the module's docstring."""
+        length = values.shape[1]
+        return torch.bmm(sums_gradient, values.transpose(1, 2), out=self.pairs_gradient[:, :length, :length]).tril_()
+
+    def _careful(self, state: State, reference: Reference | None, start: int, stop: int) -> CarefulBlock:
+        return self._careful_with(self._careful_inputs(state, start, stop), reference, start)
+
+    def _careful_inputs(self, state: State, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q, k = (self.piece.take(x, start, stop).to(state.dtype).flatten(0, 1) for x in (self.q, self.k))
+        return q, k, self.load_values(start, stop).clone(), state
+
+    def _careful_with(
+        self, inputs: tuple[Tensor, Tensor, Tensor, Tensor], reference: Reference | None, start: int
+    ) -> CarefulBlock:
+        assert isinstance(self.feature_map, ExponentialMap)
+        assert reference is not None
+        return careful_block(*inputs, reference, self.feature_map, is_first=start == 0)
+
+    def _differentiate_carefully(
+        self,
+        states: tuple[State, State],
+        reference: Reference | None,
+        output_gradient: Values,
+        gradients: tuple[Heads, Heads, Values],
+        start: int,
+        stop: int,
+    ) -> State:
+        """The gradients of a careful block by autograd; from the gradient of the state after it to that before it."""
+        state, state_gradient = states
+        with torch.enable_grad():
+            q, k, values, state = (x.detach().requires_grad_() for x in self._careful_inputs(state, start, stop))
+            inputs = q, k, values, state
+            block = self._careful_with(inputs, reference, start)
+        arriving = self.piece.take(output_gradient, start, stop).to(state.dtype)
+        mask = self.piece.mask(start, stop)
+        arriving = (arriving if mask is None else arriving * mask).flatten(0, 1)
+        *found, before = torch.autograd.grad((block.output, block.state), inputs, (arriving, state_gradient))
+        found[2] = found[2][..., :-1]
+        for gradient, x in zip(gradients, found, strict=True):
+            self.piece.put(gradient, start, stop, self.by_segment(x))
+        return before
 
 
-def causal_sums(query_features: Features, key_features: Features, block: CausalBlock, state: State) -> Sums:
-    """Every query sees itself, the earlier keys of its segment in the block, and those in `state`."""
-    pairs = (query_features @ key_features.transpose(-1, -2)).masked_fill(~block.visible, 0)
-    return pairs @ block.values + (query_features @ state).masked_fill(~block.continues, 0)
-
-
-def state_after(key_features: Features, block: CausalBlock, state: State) -> State:
-    """The state of the segment that is open at the end of the block."""
-    added = key_features.transpose(-1, -2) @ block.values.masked_fill(~block.stays_open, 0)
-    return state.masked_fill(~block.passes_through, 0) + added
-
-
-def _uniform(blocks: tuple[Segments, ...]) -> list[bool]:
-    """For each block, whether every row is one segment in it from the first residue on, then perhaps padding."""
-    ids = torch.stack(blocks)
-    flags: list[bool] = ((ids == 0) | (ids == ids[:, :, :1])).flatten(1).all(dim=1).tolist()
-    return flags
+def _features(x: Float[Tensor, "batch head 1 head_dim"], feature_map: FeatureMap) -> Float[Tensor, "row 1 feature"]:
+    rows = x.flatten(0, 1)
+    inputs = x.new_empty((len(rows), 1, x.shape[3] + feature_map.num_further_columns))
+    feature_map.fill_further_columns(inputs)
+    products = x.new_empty((len(rows), 1, feature_map.num_features))
+    feature_map.multiply(feature_map.load(x, inputs, is_key=True), feature_map.matrix(None, len(rows)), products)
+    return feature_map.activate(products)

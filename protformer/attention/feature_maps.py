@@ -21,10 +21,10 @@ from torch import Tensor
 
 from protformer.config import GeneralizedFunction
 
-Inputs = Float[Tensor, "row residue column"]
+Inputs = Float[Tensor, "row place column"]
 """x and the further columns; a row is one head of one segment."""
-Block = Float[Tensor, "row residue feature"]
-InputsGradient = Float[Tensor, "row residue head_dim"]
+Block = Float[Tensor, "row place feature"]
+InputsGradient = Float[Tensor, "row place head_dim"]
 Reference = Float[Tensor, "row feature"]
 
 GELU_RAISED = 0.17
@@ -104,6 +104,13 @@ class ExponentialMap(FeatureMap):
         if is_key:  # that of a query would cancel
             torch.sum((copy * copy).mul_(-self.factor), dim=-1, out=inputs[..., -2])
         return inputs
+
+    def logarithms(self, x: Float[Tensor, "row place head_dim"], *, is_key: bool) -> Float[Tensor, "row place feature"]:
+        """log phi of keys; of queries up to a number for each, which cancels."""
+        products = x @ self.weight.T
+        if self.bias is not None:
+            products = products + self.bias
+        return products - self.factor * x.square().sum(-1, keepdim=True) if is_key else products
 
     def matrix(self, reference: Reference | None, num_rows: int) -> Float[Tensor, "row column feature"]:
         num_features, head_dim = self.weight.shape

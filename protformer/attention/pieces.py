@@ -99,7 +99,7 @@ def lay_out(segments: Segments, *, num_features: int) -> list[Piece]:
 
 def block_residues(piece: Piece, *, num_features: int, device: torch.device) -> int:
     """Residues of each segment of a piece in a block of features; `num_features` of all heads together."""
-    return max(16, min(piece.num_residues, features_at_once(device) // (num_features * piece.num_segments)))
+    return min(piece.num_residues, max(16, features_at_once(device) // (num_features * piece.num_segments)))
 
 
 def features_at_once(device: torch.device) -> int:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
+from protformer.attention.block_work import Values, compute_dtype
 from protformer.attention.interface import AttentionWeights, Heads, Segments
-from protformer.attention.linear import Values, compute_dtype
 from protformer.attention.segments import runs
 
 

@@ -1,0 +1,124 @@
+"""What the bidirectional and the causal engine share: one piece, the buffers of one block, and steps on a block.
+
+Features are computed into buffers that every block uses again, so that they stay in the processor's cache; none are
+remembered.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from protformer.attention.feature_maps import Block, FeatureMap, Reference
+from protformer.attention.interface import Heads
+from protformer.attention.pieces import Piece
+
+Values = Float[Tensor, "batch head residue value_dim"]
+"""Like Heads, but as wide as one likes."""
+BlockSums = Float[Tensor, "row place channel"]
+Denominators = Float[Tensor, "batch head residue 1"]
+State = Float[Tensor, "row feature channel"]
+"""sum_j phi(k_j) [v_j, 1] over the keys of a segment; a row is one head of one segment."""
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 if any input is: features and sums never have fewer bits."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def empty_like(x: Tensor, pieces: list[Piece]) -> Tensor:
+    """For results of the pieces; zero if there is padding, which no piece touches."""
+    num_residues = sum(piece.count_residues() for piece in pieces)
+    return torch.empty_like(x) if num_residues == x.shape[0] * x.shape[2] else torch.zeros_like(x)
+
+
+class BlockWork:
+    """The steps on blocks of one piece; a row is one head of one segment."""
+
+    def __init__(self, *, q: Heads, k: Heads, v: Values, piece: Piece, feature_map: FeatureMap, size: int) -> None:
+        """`size` is the largest number of residues in a block."""
+        self.q, self.k, self.v, self.piece, self.feature_map = q, k, v, piece, feature_map
+        self.num_heads, self.num_rows = q.shape[1], piece.num_segments * q.shape[1]
+        self.buffer = q.new_empty((self.num_rows, size, feature_map.num_features), dtype=compute_dtype(q, k, v))
+        num_columns = q.shape[3] + feature_map.num_further_columns
+        self.query_inputs, self.key_inputs = (self.buffer.new_empty((self.num_rows, size, num_columns)) for _ in "qk")
+        feature_map.fill_further_columns(self.query_inputs)
+        feature_map.fill_further_columns(self.key_inputs)
+        self.values = self.buffer.new_ones((self.num_rows, size, v.shape[3] + 1))
+        self.sums = torch.empty_like(self.values)
+
+    def allocate_for_backward(self) -> None:
+        self.gradient_buffer = torch.empty_like(self.buffer)
+        self.inputs_gradient = self.buffer.new_empty((*self.buffer.shape[:2], self.q.shape[3]))
+
+    def no_state(self) -> State:
+        return self.buffer.new_zeros((self.num_rows, self.buffer.shape[2], self.values.shape[2]))
+
+    def pull_back(self, products_gradient: Block) -> Tensor:
+        return self.feature_map.pull_back(products_gradient, self.inputs_gradient[:, : products_gradient.shape[1]])
+
+    def matrix(self, reference: Reference | None) -> Tensor | None:
+        return self.feature_map.matrix(reference, self.num_rows)
+
+    def key_products(self, matrix: Tensor | None, start: int, stop: int) -> Block:
+        num_residues = stop - start
+        x = self.piece.take(self.k, start, stop)
+        inputs = self.feature_map.load(x, self.key_inputs[:, :num_residues], is_key=True)
+        return self.feature_map.multiply(inputs, matrix, self.buffer[:, :num_residues])
+
+    def query_products(self, matrix: Tensor | None, start: int, stop: int, *, centre: bool, out: Tensor) -> Block:
+        """`centre` gives every query its own reference, the largest of its features."""
+        x = self.piece.take(self.q, start, stop)
+        inputs = self.feature_map.load(x, self.query_inputs[:, : stop - start], is_key=False)
+        products = self.feature_map.multiply(inputs, matrix, out[:, : stop - start])
+        return products.sub_(products.amax(dim=-1, keepdim=True)) if centre else products
+
+    def load_values(self, start: int, stop: int) -> BlockSums:
+        """[v_j, 1], and zeros where there is no residue."""
+        values = self.values[:, : stop - start]
+        by_segment = self.by_segment(values)
+        by_segment[..., :-1] = self.piece.take(self.v, start, stop)
+        mask = self.piece.mask(start, stop)
+        if mask is not None:
+            by_segment[..., -1] = 1
+            by_segment.mul_(mask)
+        return values
+
+    def sums_gradient(self, output: tuple[Values, Denominators, Values], start: int, stop: int) -> BlockSums:
+        """G of the module's docstring."""
+        y, denominator, gradient = (self.piece.take(x, start, stop) for x in output)
+        flat = self.sums[:, : stop - start]
+        sums = self.by_segment(flat)
+        torch.div(gradient, denominator, out=sums[..., :-1])
+        torch.sum(sums[..., :-1] * y, dim=-1, out=sums[..., -1])
+        sums[..., -1].neg_()
+        mask = self.piece.mask(start, stop)
+        if mask is not None:
+            sums.mul_(mask)
+        return flat
+
+    def gradient_of_features(self, left: Tensor, state: State) -> Block:
+        return torch.bmm(left, state.transpose(1, 2), out=self.gradient_buffer[:, : left.shape[1]])
+
+    def by_segment(self, x: Float[Tensor, "row place channel"]) -> Float[Tensor, "segment head residue channel"]:
+        return x.view(self.piece.num_segments, self.num_heads, *x.shape[1:])
+
+    def put_key_gradients(
+        self,
+        gradients: tuple[Heads, Heads, Values],
+        products_gradient: Block,
+        values_gradient: BlockSums,
+        start: int,
+        stop: int,
+    ) -> None:
+        """Those of keys and values, from those of the block's products and of [V, 1]."""
+        self.piece.put(gradients[2], start, stop, self.by_segment(values_gradient[..., :-1]))
+        gradient = self.pull_back(products_gradient)
+        if self.feature_map.norm_factor:
+            # The sum over features of products_gradient, from arrays that are smaller.
+            of_norm = values_gradient.mul_(self.values[:, : stop - start]).sum(dim=-1, keepdim=True)
+            k = self.key_inputs[:, : stop - start, : gradient.shape[2]]
+            gradient.addcmul_(of_norm, k, value=-2 * self.feature_map.norm_factor)
+        self.piece.put(gradients[1], start, stop, self.by_segment(gradient))
