@@ -39,7 +39,7 @@ from protformer.attention.feature_maps import Block, ExponentialMap, FeatureMap,
 from protformer.attention.interface import Heads, Segments
 from protformer.attention.pieces import Piece, block_ranges, lay_out
 
-CAUSAL_BLOCK_RESIDUES = 64
+CAUSAL_BLOCK_RESIDUES = 128
 """A power of two. Larger blocks have more pairs a residue, smaller ones more steps, each of a fixed cost."""
 
 
@@ -136,6 +136,7 @@ class _CausalWork(BlockWork):
         super().__init__(q=q, k=k, v=v, piece=piece, feature_map=feature_map, size=size)
         self.ranges = block_ranges(piece.num_residues, size)
         self.key_features, self.queries, self.query_features = (torch.empty_like(self.buffer) for _ in range(3))
+        self.last_matrices: tuple[Reference | None, Tensor | None, Tensor | None] | None = None
         self.pairs, self.pairs_gradient = (self.buffer.new_empty((self.num_rows, size, size)) for _ in range(2))
 
     def forward(self, output: Values, denominators: Denominators) -> list[Reference | None]:
@@ -230,7 +231,7 @@ class _CausalWork(BlockWork):
 
     def _key_features(self, reference: Reference | None, start: int, stop: int) -> tuple[Block, bool]:
         """Features, and whether any exceeded the reference too far: that is cut down to what an exponential holds."""
-        products = self.key_products(self.matrix(None if reference is None else -reference), start, stop)
+        products = self.key_products(self._matrices(reference)[0], start, stop)
         exceeds = reference is not None and not float(products.amax()) <= LARGEST_EXPONENT
         return self._activated(
             products.clamp_(max=LARGEST_EXPONENT) if exceeds else products, self.key_features
@@ -238,8 +239,15 @@ class _CausalWork(BlockWork):
 
     def _query_products(self, reference: Reference | None, start: int, stop: int) -> Block:
         return self.query_products(
-            self.matrix(reference), start, stop, centre=self.feature_map.has_references, out=self.queries
+            self._matrices(reference)[1], start, stop, centre=self.feature_map.has_references, out=self.queries
         )
+
+    def _matrices(self, reference: Reference | None) -> tuple[Tensor | None, Tensor | None]:
+        """What keys and queries are multiplied with, kept for as long as the references last."""
+        if self.last_matrices is None or self.last_matrices[0] is not reference:
+            of_keys = self.matrix(None if reference is None else -reference)
+            self.last_matrices = reference, of_keys, self.matrix(reference)
+        return self.last_matrices[1:]
 
     def _activated(self, products: Block, buffer: Tensor) -> Block:
         return self.feature_map.activate(buffer[:, : products.shape[1]].copy_(products))
