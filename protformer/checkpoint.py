@@ -149,7 +149,7 @@ def load_tensors(path: Path) -> dict[str, object]:
     """What `save_tensors` wrote."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise InputError(
             f"{path}: not a readable .pt file of tensors ({' '.join(str(error).split())[:200]})"
         ) from error

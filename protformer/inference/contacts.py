@@ -22,6 +22,7 @@ from protformer.alphabet import CLS, EOS, RESIDUE_TO_TOKEN, STANDARD_RESIDUES
 from protformer.config import Direction
 from protformer.corpus.fasta import SequenceRecord
 from protformer.corpus.pairs import read_pairs, resolve_pairs
+from protformer.errors import InputError
 from protformer.inference.contact_scores import ContactMap, contacts_from_attention, contacts_from_jacobian, unit_scale
 from protformer.inference.session import InferenceSession
 from protformer.model.masked_lm_head import ProteinLanguageModel
@@ -51,6 +52,17 @@ def predict_contacts(
         chain_lengths=tuple(len(chain) for chain in chains),
         chain_ids=tuple(chain.id for chain in chains),
     )
+
+
+def only_named(ids: tuple[str, ...], records: Iterable[SequenceRecord]) -> Iterator[SequenceRecord]:
+    """The records with these ids, in the order of the file. Raises InputError for an id that is not there."""
+    missing = set(ids)
+    for record in records:
+        if record.id in missing:
+            missing.remove(record.id)
+            yield record
+    if missing:
+        raise InputError(f"--ids {min(missing)!r}: no such record in the FASTA")
 
 
 def chains_of_pairs(pairs: Path, records: Iterable[SequenceRecord]) -> Iterator[tuple[SequenceRecord, SequenceRecord]]:
