@@ -32,7 +32,7 @@ def choose_device(requested: str = "auto") -> torch.device:
 
 
 def multiplies_bf16_in_hardware(device: torch.device) -> bool:
-    """Whether bf16 matrix products are faster than float32 ones: on a CPU without AMX or AVX512-BF16 they are slower."""
+    """Whether bf16 matrix products beat float32 ones: on a CPU without AMX or AVX512-BF16 they are slower."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):

@@ -110,7 +110,8 @@ def test_a_long_protein_is_refused_cut_skipped_or_windowed_as_asked_and_counted(
     # 64 residues in windows of 40 from 0, 20 and 24: residue 10 is in the first only, residue 30 in all three.
     record = records[2]
     pieces = [
-        naive_states(session, type(record)(id="x", header="x", line=1, tokens=record.tokens[s : s + 40])) for s in (0, 20, 24)
+        naive_states(session, type(record)(id="x", header="x", line=1, tokens=record.tokens[s : s + 40]))
+        for s in (0, 20, 24)
     ]
     np.testing.assert_allclose(windowed[2].residue[10], pieces[0][10], rtol=1e-4, atol=1e-5)
     mean = (pieces[0][30] + pieces[1][10] + pieces[2][6]) / 3
@@ -201,7 +202,9 @@ def test_embed_writes_one_dataset_an_id_and_resumes_where_it_stopped(model, fast
     with h5py.File(out) as file:
         assert file["residue"]["p%2F2"].shape == (64, 16)
         assert file["protein"]["p%2F2"].shape == (16,)
-        np.testing.assert_allclose(file["residue"]["p%2F2"][()].mean(0), file["protein"]["p%2F2"][()], rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            file["residue"]["p%2F2"][()].mean(0), file["protein"]["p%2F2"][()], rtol=1e-3, atol=1e-5
+        )
     assert run(command) == 1
     assert "exists already" in capsys.readouterr().err
     assert run([*command, "--resume"]) == 0
@@ -211,7 +214,16 @@ def test_embed_writes_one_dataset_an_id_and_resumes_where_it_stopped(model, fast
 def test_predict_contacts_of_pairs_writes_the_block_between_the_chains(model, fasta, tmp_path, capsys):
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("p/0\tp/1\t1\n")
-    command = ["predict-contacts", "--model", str(model), "--fasta", str(fasta), "--out", str(tmp_path / "c"), "--quiet"]
+    command = [
+        "predict-contacts",
+        "--model",
+        str(model),
+        "--fasta",
+        str(fasta),
+        "--out",
+        str(tmp_path / "c"),
+        "--quiet",
+    ]
     assert run([*command, "--pairs", str(pairs), "--plot", "--format", "npz", "--format", "csv"]) == 0
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [f"p%2F0__p%2F1.{s}" for s in ("csv", "npz", "png")]
     with np.load(tmp_path / "c" / "p%2F0__p%2F1.npz") as arrays:

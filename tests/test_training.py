@@ -179,7 +179,9 @@ def test_a_resume_with_another_configuration_names_what_changed(fasta, undisturb
 def test_a_resume_with_other_data_is_refused(fasta, undisturbed, tmp_path, capsys):
     other = tmp_path / "other.fa"
     other.write_text(">x\nMKV\n")
-    assert "a run goes on with the data it began with" in fails_with(capsys, [*arguments(other, undisturbed), "--resume"])
+    assert "a run goes on with the data it began with" in fails_with(
+        capsys, [*arguments(other, undisturbed), "--resume"]
+    )
 
 
 def test_bad_input_leaves_no_run_folder_behind(tmp_path, capsys):

@@ -7,6 +7,7 @@ imported only when a figure is drawn. Files are written under a temporary name a
 import math
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
 
 _DPI = 200
 _MAX_PIXELS = 1000
-_MAX_NAME_LETTERS = 28
+_MAX_TITLE_LETTERS = 44
+_MAX_NAME_LETTERS = 20
 _NUM_TICKS = 6
+_TICK_ROOM = 0.05
+"""Of the width of a map: nearer to each other, two numbers would overlap."""
 _INK = "0.25"
 _TRAIN, _VALIDATION = "#7f8c9b", "#1f5fa8"
 
@@ -35,15 +39,16 @@ def plot_contact_map(
 ) -> None:
     """A square map of scores in [0, 1]; residues count from 1 in each chain, lines separate the chains.
 
-    Above 1,000 residues a pixel shows the highest score of the block of pairs it stands for: averaging, as
-    image libraries do, would make single contacts fade.
+    Each pair has a pixel of its own up to 2,000 residues. Above, a pixel shows the highest score of the block of
+    pairs it stands for: averaging, as image libraries do, would make single contacts fade.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, 5.0), layout="constrained")
-    axes = figure.add_subplot()
+    cells = _max_pool(contacts, math.ceil(len(contacts) / _MAX_CELLS))
+    figure = Figure(figsize=(_MAP_INCHES / 0.72, _MAP_INCHES / 0.8))
+    axes = figure.add_axes((0.13, 0.12, 0.72, 0.8))
     image = axes.imshow(
-        _max_pool(contacts, math.ceil(len(contacts) / _MAX_PIXELS)),
+        cells,
         cmap="Blues",
         vmin=0.0,
         vmax=1.0,
@@ -52,12 +57,12 @@ def plot_contact_map(
         extent=(0.5, len(contacts) + 0.5, len(contacts) + 0.5, 0.5),
     )
     _mark_chains(axes, chain_lengths, chain_ids)
-    axes.set_title(_shortened(title), fontsize=10, color=_INK)
-    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+    axes.set_title(_shortened(title, _MAX_TITLE_LETTERS), fontsize=10, color=_INK, parse_math=False)
+    bar = figure.colorbar(image, cax=figure.add_axes((0.87, 0.12, 0.03, 0.8)))
     bar.set_label("Contact score", color=_INK)
     bar.ax.tick_params(labelsize=8, colors=_INK)
     bar.outline.set_edgecolor(_INK)
-    _save(figure, path)
+    _save(figure, path, dpi=max(_DPI, math.ceil(len(cells) / _MAP_INCHES)))
 
 
 def plot_training_curves(
@@ -75,20 +80,21 @@ def plot_training_curves(
     """Loss in nats, validation perplexity and validation accuracy in [0, 1] against the optimizer step.
 
     The dashed line is what predicting by residue frequencies alone would reach: a model above it has learnt
-    nothing of the sequence. Without validation there is neither.
+    nothing of the sequence. Without validation the training loss stands alone.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 3.2), layout="constrained")
-    loss, perplexity, accuracy = figure.subplots(1, 3)
-    _draw_curve(loss, train_steps, train_loss, _TRAIN, "training")
-    _draw_curve(loss, val_steps, val_loss, _VALIDATION, "validation")
-    _draw_curve(perplexity, val_steps, val_perplexity, _VALIDATION, "validation")
-    _draw_curve(accuracy, val_steps, val_accuracy, _VALIDATION, "validation")
     unigram_loss = None if unigram_perplexity is None else math.log(unigram_perplexity)
-    baselines = (unigram_loss, unigram_perplexity, unigram_accuracy)
-    names = ("Loss (nats per masked residue)", "Masked perplexity", "Masked accuracy")
-    for axes, baseline, name in zip((loss, perplexity, accuracy), baselines, names, strict=True):
+    panels = (
+        ("Loss (nats per masked residue)", val_loss, unigram_loss),
+        ("Masked perplexity", val_perplexity, unigram_perplexity),
+        ("Masked accuracy", val_accuracy, unigram_accuracy),
+    )[: 3 if len(val_steps) else 1]
+    figure = Figure(figsize=(3.5 * max(len(panels), 1.5), 3.2), layout="constrained")
+    row = figure.subplots(1, len(panels), sharex=True, squeeze=False)[0]
+    _draw_curve(row[0], train_steps, train_loss, _TRAIN, "training")
+    for axes, (name, values, baseline) in zip(row, panels, strict=True):
+        _draw_curve(axes, val_steps, values, _VALIDATION, "validation")
         if baseline is not None:
             axes.axhline(baseline, color=_INK, linestyle="--", linewidth=1.0, label="unigram baseline")
         axes.set_xlabel("Optimizer step", color=_INK)
@@ -101,33 +107,36 @@ def plot_training_curves(
 
 def _mark_chains(axes: "Axes", chain_lengths: Sequence[int], chain_ids: Sequence[str]) -> None:
     """Residue numbers that start anew in each chain, lines between chains, names where there are several."""
-    ticks, labels, start = [], [], 0
-    num_ticks = max(2, _NUM_TICKS // len(chain_lengths))
-    for length in chain_lengths:
-        numbers = _tick_numbers(length, num_ticks)
-        ticks += [start + number for number in numbers]
-        labels += [str(number) for number in numbers]
-        start += length
-        if start < sum(chain_lengths):
-            axes.axhline(start + 0.5, color=_INK, linewidth=0.8)
-            axes.axvline(start + 0.5, color=_INK, linewidth=0.8)
-    axes.set_xticks(ticks, labels)
-    axes.set_yticks(ticks, labels)
-    several = len(chain_lengths) > 1
-    name = "Residue (" + ", ".join(_shortened(chain_id) for chain_id in chain_ids) + ")" if several else "Residue"
-    axes.set_xlabel(name, color=_INK)
-    axes.set_ylabel(name, color=_INK)
+    ticks = _residue_ticks(chain_lengths)
+    for set_ticks in (axes.set_xticks, axes.set_yticks):
+        set_ticks(list(ticks), [str(number) for number in ticks.values()])
+    for border in list(accumulate(chain_lengths))[:-1]:
+        axes.axhline(border + 0.5, color=_INK, linewidth=0.8)
+        axes.axvline(border + 0.5, color=_INK, linewidth=0.8)
+    names = ", ".join(_shortened(chain_id, _MAX_CHAIN_LETTERS) for chain_id in chain_ids)
+    label = f"Residue ({names})" if len(chain_lengths) > 1 else "Residue"
+    for set_label in (axes.set_xlabel, axes.set_ylabel):
+        set_label(label, fontsize=9, color=_INK, parse_math=False)
     axes.tick_params(labelsize=8, colors=_INK)
     for spine in axes.spines.values():
         spine.set_edgecolor(_INK)
 
 
-def _tick_numbers(length: int, num_ticks: int) -> list[int]:
-    """1 and the multiples of a round step; none so near to the end that it meets the 1 of a next chain."""
-    wanted = length / num_ticks
-    magnitude = 10 ** math.floor(math.log10(max(wanted, 1)))
+def _residue_ticks(chain_lengths: Sequence[int]) -> dict[int, int]:
+    """Position in the map to residue number in its chain: 1 and round numbers, as far as they do not collide."""
+    total = sum(chain_lengths)
+    wanted = max(total / _NUM_TICKS, 1)
+    magnitude = 10 ** math.floor(math.log10(wanted))
     step = next(magnitude * factor for factor in (1, 2, 5, 10) if magnitude * factor >= wanted)
-    return [1, *range(max(step, 2), length + 1, step)]
+    ticks: dict[int, int] = {}
+    start, last = 0, -math.inf
+    for length in chain_lengths:
+        for number in (1, *range(max(step, 2), length + 1, step)):
+            if start + number - last >= _MIN_TICK_GAP * total:
+                ticks[start + number] = number
+                last = start + number
+        start += length
+    return ticks
 
 
 def _max_pool(contacts: np.ndarray, block: int) -> np.ndarray:
@@ -139,6 +148,8 @@ def _max_pool(contacts: np.ndarray, block: int) -> np.ndarray:
 
 
 def _draw_curve(axes: "Axes", steps: Sequence[float], values: Sequence[float], color: str, label: str) -> None:
+    if not len(steps):
+        return
     # A single point makes no line; few points should be seen as such.
     marker = "o" if len(steps) <= 30 else ""
     axes.plot(steps, values, color=color, linewidth=1.4, marker=marker, markersize=3, label=label)
@@ -154,8 +165,8 @@ def _plain_frame(axes: "Axes") -> None:
     axes.set_axisbelow(True)
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= _MAX_NAME_LETTERS else name[: _MAX_NAME_LETTERS - 3] + "..."
+def _shortened(name: str, max_letters: int) -> str:
+    return name if len(name) <= max_letters else name[: max_letters - 3] + "..."
 
 
 def _save(figure: "Figure", path: Path) -> None:
@@ -163,5 +174,5 @@ def _save(figure: "Figure", path: Path) -> None:
 
     partial = path.with_name(path.name + ".partial")
     FigureCanvasAgg(figure)
-    figure.savefig(partial, format="png", dpi=_DPI)
+    figure.savefig(partial, format="png", dpi=dpi)
     os.replace(partial, path)

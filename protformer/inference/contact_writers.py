@@ -39,21 +39,28 @@ def write_contacts(
     """
     paths = contact_paths(contact_map.chain_ids, folder, formats, plot)
     for path in paths:
-        if path.exists():
-            raise OutputError(f"{path}: exists already; choose another --out, or delete it")
-    for path in paths:
         partial = path.with_name(path.name + ".partial")
-        _WRITERS[path.suffix](contact_map, partial)
-        os.replace(partial, path)
+        try:
+            _WRITERS[path.suffix](contact_map, partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     return paths
 
 
 def contact_paths(
     chain_ids: Sequence[str], folder: Path, formats: Sequence[ContactFormat], plot: bool = False
 ) -> list[Path]:
-    """Where `write_contacts` writes the map of these chains; for refusing them before computing."""
+    """Where `write_contacts` puts the map of these chains.
+
+    Raises OutputError where a file exists already, so that a run can ask before it computes the map.
+    """
     stem = file_stem(chain_ids)
-    return [folder / f"{stem}.{name}" for name in (*formats, *(("png",) if plot else ()))]
+    paths = [folder / f"{stem}.{name}" for name in (*formats, *(("png",) if plot else ()))]
+    for path in paths:
+        if path.exists():
+            raise OutputError(f"{path}: exists already; choose another --out, or delete it")
+    return paths
 
 
 def file_stem(chain_ids: Sequence[str]) -> str:

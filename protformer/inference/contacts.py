@@ -2,9 +2,10 @@
 
 In: a model and one or two `SequenceRecord`s. Out: a `ContactMap`. Two methods:
 
-- `attention`: attention matrices of every layer and head, symmetrised, APC-corrected and averaged. O(residue ** 2) memory.
-- `jacobian`: the categorical Jacobian (Zhang et al. 2024): how the logits at every residue move when a residue is exchanged for
-  each of the 20 amino acids. residue x 20 forward passes; needs no attention matrix.
+- `attention`: attention matrices of every layer and head, symmetrised, APC-corrected and averaged. O(residue ** 2)
+  memory.
+- `jacobian`: the categorical Jacobian (Zhang et al. 2024): how the logits at every residue move when a residue is
+  exchanged for each of the 20 amino acids. residue x 20 forward passes; needs no attention matrix.
 
 Two proteins are concatenated as in training, each closed by EOS, in one segment.
 """

@@ -38,7 +38,7 @@ SUFFIXES = (".h5", ".npy", ".parquet", ".pt")
 Save = Callable[[object, Path], None]
 
 _NPY_HEADER_BYTES = 128
-_PARQUET_ROW_GROUP_BYTES = 64 * 2**20
+_PARQUET_ROW_GROUP_BYTES = 16 * 2**20
 
 
 def open_embedding_writer(

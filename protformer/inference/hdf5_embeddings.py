@@ -29,7 +29,7 @@ from protformer.inference.embedding_record import (
     Per,
     partial_path,
 )
-from protformer.inference.journaled_file import JournaledFile, roll_back
+from protformer.inference.journaled_file import JournaledFile, journal_path, roll_back
 
 INDEX_GROUP = "%index"
 """No escaped id has this name: there, `%` is always followed by two hexadecimal digits."""
@@ -158,6 +158,9 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
             )
         source = self._path if self._path.exists() else self._partial
         self._check_same_run(source)
+        if source is self._path:
+            # A journal without its file tells nothing of this one.
+            journal_path(self._partial).unlink(missing_ok=True)
         os.replace(source, self._partial)
         return True
 

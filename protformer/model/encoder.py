@@ -4,8 +4,8 @@ In: tokens and segments of a batch of rows. Out: hidden states. The kind of atte
 (`protformer.attention`); projections, rotary positions and dropout live here once for all kinds. The time is linear in
 the length for linear kinds.
 
-Source: pre-LN Transformer (Xiong et al. 2020), as in ESM-2 and in the released protein_lm; rotary positions (Su et al. 2021)
-instead of the paper's learned absolute ones, so that no longest length is built in.
+Source: pre-LN Transformer (Xiong et al. 2020), as in ESM-2 and in the released protein_lm; rotary positions (Su et
+al. 2021) instead of the paper's learned absolute ones, so that no longest length is built in.
 """
 
 from collections.abc import Iterator
@@ -110,8 +110,8 @@ class Block(nn.Module):
         attended = self.attention(q, k, v, segments).transpose(1, 2).flatten(2)
         x = x + self.dropout(self.attention_output(attended))
         inner = F.gelu(self.feed_forward_input(self.feed_forward_norm(x)))
-        x = x + self.dropout(self.feed_forward_output(inner))
-        return x
+        output: Tensor = x + self.dropout(self.feed_forward_output(inner))
+        return output
 
     def queries_keys_values(
         self, x: Float[Tensor, "batch residue channel"], angles: tuple[Tensor, Tensor]
@@ -126,9 +126,10 @@ class Block(nn.Module):
 def initialize_weights(module: nn.Module, *, num_layers: int) -> None:
     """Draw the weights so that every layer keeps the variance of what it gets, whatever the width.
 
-    Matrices are normal with std fan_in ** -0.5 (LeCun et al. 1998), smaller by sqrt(2 layers) where a block adds to the residual
-    stream (GPT-2, Radford et al. 2019, section 2.3); the embedding has std channel ** -0.5, since its transpose makes the logits.
-    Biases are zero, norms the identity. In the first minutes of training this learns several times faster than BERT's 0.02.
+    Matrices are normal with std fan_in ** -0.5 (LeCun et al. 1998), smaller by sqrt(2 layers) where a block adds to
+    the residual stream (GPT-2, Radford et al. 2019, section 2.3); the embedding has std channel ** -0.5, since its
+    transpose makes the logits. Biases are zero, norms the identity. In the first minutes of training this learns
+    several times faster than BERT's 0.02.
     """
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear):

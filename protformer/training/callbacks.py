@@ -1,7 +1,7 @@
 """What happens around the training steps: randomness, figures, checkpoints, stopping, progress.
 
-In: the trainer's hooks. Out: files of the run folder and lines on stderr. Every callback acts at the boundary of an optimizer
-step, so that all state is that of a whole number of steps.
+In: the trainer's hooks. Out: files of the run folder and lines on stderr. Every callback acts at the boundary of an
+optimizer step, so that all state is that of a whole number of steps.
 """
 
 import csv

@@ -1,7 +1,7 @@
 """From what the user typed to a training run: configuration, token stores, resume.
 
-In: a `RunRequest`. Out: the closing summary as text. Everything that can be wrong with the request is said before data are read;
-a run folder appears only with its first content.
+In: a `RunRequest`. Out: the closing summary as text. Everything that can be wrong with the request is said before
+data are read; a run folder appears only with its first content.
 """
 
 import shutil
