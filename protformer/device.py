@@ -4,6 +4,7 @@ In: what the user asked for. Out: a torch device, a precision, numbers for the l
 honour fails here, before data are read.
 """
 
+import os
 import platform
 import resource
 import sys
@@ -54,6 +55,11 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def is_launched_helper() -> bool:
+    """Whether this process is one that Lightning started beside the first one, to drive another device."""
+    return int(os.environ.get("LOCAL_RANK", "0")) > 0
 
 
 def make_deterministic() -> None:

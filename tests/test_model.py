@@ -133,3 +133,30 @@ def test_built_in_configurations_have_the_promised_number_of_parameters(name, mi
     assert matrices < found < 1.02 * matrices
     if millions is not None:
         assert abs(found / 1e6 - millions) < 0.05 * millions
+
+
+def test_a_model_that_starts_from_counts_predicts_their_frequencies_before_it_knows_anything():
+    model = make_model(ExactConfig())
+    counts = list(range(NUM_TOKENS))
+    model.start_from_counts(counts)
+    with torch.no_grad():
+        model.encoder.embedding.weight.zero_()
+        probabilities = model(protein(5, 1)[None], torch.ones(1, 6, dtype=torch.int64)).softmax(-1)[0, 0]
+    expected = (torch.tensor(counts) + 1.0) / (sum(counts) + NUM_TOKENS)
+    torch.testing.assert_close(probabilities, expected)
+
+
+def test_a_new_model_keeps_the_scale_of_what_it_gets_at_any_width():
+    for size in (64, 256):
+        torch.manual_seed(0)
+        config = ModelConfig(
+            num_layers=6, num_heads=4, hidden_size=size, feed_forward_size=4 * size, attention=ExactConfig()
+        )
+        model = ProteinLanguageModel(config, seed=0).eval()
+        row = protein(200, 1)[None]
+        one = torch.ones_like(row)
+        with torch.no_grad():
+            spread = model.encoder(row, one, num_layers=5).hidden.std()
+            logits = model(row, one)
+        assert 0.1 < spread < 3
+        assert 0.3 < logits.std() < 3

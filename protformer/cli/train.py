@@ -75,4 +75,5 @@ def command(
         ),
         StderrConsole(quiet=quiet),
     )
-    click.echo(summary)
+    if summary:
+        click.echo(summary)

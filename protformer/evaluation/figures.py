@@ -7,7 +7,6 @@ imported only when a figure is drawn. Files are written under a temporary name a
 import math
 import os
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,16 +38,15 @@ def plot_contact_map(
 ) -> None:
     """A square map of scores in [0, 1]; residues count from 1 in each chain, lines separate the chains.
 
-    Each pair has a pixel of its own up to 2,000 residues. Above, a pixel shows the highest score of the block of
-    pairs it stands for: averaging, as image libraries do, would make single contacts fade.
+    Above 1,000 residues a pixel shows the highest score of the block of pairs it stands for: averaging, as
+    image libraries do, would make single contacts fade.
     """
     from matplotlib.figure import Figure
 
-    cells = _max_pool(contacts, math.ceil(len(contacts) / _MAX_CELLS))
-    figure = Figure(figsize=(_MAP_INCHES / 0.72, _MAP_INCHES / 0.8))
-    axes = figure.add_axes((0.13, 0.12, 0.72, 0.8))
+    figure = Figure(figsize=(5.8, 5.0), layout="compressed")
+    axes = figure.add_subplot()
     image = axes.imshow(
-        cells,
+        _max_pool(contacts, math.ceil(len(contacts) / _MAX_PIXELS)),
         cmap="Blues",
         vmin=0.0,
         vmax=1.0,
@@ -57,12 +55,13 @@ def plot_contact_map(
         extent=(0.5, len(contacts) + 0.5, len(contacts) + 0.5, 0.5),
     )
     _mark_chains(axes, chain_lengths, chain_ids)
+    # Ids are no mathematics, whatever `$` they hold.
     axes.set_title(_shortened(title, _MAX_TITLE_LETTERS), fontsize=10, color=_INK, parse_math=False)
-    bar = figure.colorbar(image, cax=figure.add_axes((0.87, 0.12, 0.03, 0.8)))
+    bar = figure.colorbar(image, cax=axes.inset_axes((1.03, 0.0, 0.046, 1.0)))
     bar.set_label("Contact score", color=_INK)
     bar.ax.tick_params(labelsize=8, colors=_INK)
     bar.outline.set_edgecolor(_INK)
-    _save(figure, path, dpi=max(_DPI, math.ceil(len(cells) / _MAP_INCHES)))
+    _save(figure, path)
 
 
 def plot_training_curves(
@@ -107,36 +106,38 @@ def plot_training_curves(
 
 def _mark_chains(axes: "Axes", chain_lengths: Sequence[int], chain_ids: Sequence[str]) -> None:
     """Residue numbers that start anew in each chain, lines between chains, names where there are several."""
-    ticks = _residue_ticks(chain_lengths)
-    for set_ticks in (axes.set_xticks, axes.set_yticks):
-        set_ticks(list(ticks), [str(number) for number in ticks.values()])
-    for border in list(accumulate(chain_lengths))[:-1]:
-        axes.axhline(border + 0.5, color=_INK, linewidth=0.8)
-        axes.axvline(border + 0.5, color=_INK, linewidth=0.8)
-    names = ", ".join(_shortened(chain_id, _MAX_CHAIN_LETTERS) for chain_id in chain_ids)
-    label = f"Residue ({names})" if len(chain_lengths) > 1 else "Residue"
-    for set_label in (axes.set_xlabel, axes.set_ylabel):
-        set_label(label, fontsize=9, color=_INK, parse_math=False)
+    ticks, labels, start = [], [], 0
+    total = sum(chain_lengths)
+    num_ticks = max(2, _NUM_TICKS // len(chain_lengths))
+    for length in chain_lengths:
+        room_at_end = 0.0 if start + length == total else _TICK_ROOM * total
+        numbers = [
+            number
+            for number in _tick_numbers(length, num_ticks)
+            if number == 1 or 1 + _TICK_ROOM * total < number <= length - room_at_end
+        ]
+        ticks += [start + number for number in numbers]
+        labels += [str(number) for number in numbers]
+        start += length
+        if start < total:
+            axes.axhline(start + 0.5, color=_INK, linewidth=0.8)
+            axes.axvline(start + 0.5, color=_INK, linewidth=0.8)
+    axes.set_xticks(ticks, labels)
+    axes.set_yticks(ticks, labels)
+    names = ", ".join(_shortened(chain_id, _MAX_NAME_LETTERS) for chain_id in chain_ids)
+    axes.set_xlabel(f"Residue ({names})" if len(chain_ids) > 1 else "Residue", color=_INK, parse_math=False)
+    axes.set_ylabel("Residue", color=_INK)
     axes.tick_params(labelsize=8, colors=_INK)
     for spine in axes.spines.values():
         spine.set_edgecolor(_INK)
 
 
-def _residue_ticks(chain_lengths: Sequence[int]) -> dict[int, int]:
-    """Position in the map to residue number in its chain: 1 and round numbers, as far as they do not collide."""
-    total = sum(chain_lengths)
-    wanted = max(total / _NUM_TICKS, 1)
-    magnitude = 10 ** math.floor(math.log10(wanted))
+def _tick_numbers(length: int, num_ticks: int) -> list[int]:
+    """1 and the multiples of a round step."""
+    wanted = length / num_ticks
+    magnitude = 10 ** math.floor(math.log10(max(wanted, 1)))
     step = next(magnitude * factor for factor in (1, 2, 5, 10) if magnitude * factor >= wanted)
-    ticks: dict[int, int] = {}
-    start, last = 0, -math.inf
-    for length in chain_lengths:
-        for number in (1, *range(max(step, 2), length + 1, step)):
-            if start + number - last >= _MIN_TICK_GAP * total:
-                ticks[start + number] = number
-                last = start + number
-        start += length
-    return ticks
+    return [1, *range(max(step, 2), length + 1, step)]
 
 
 def _max_pool(contacts: np.ndarray, block: int) -> np.ndarray:
@@ -174,5 +175,5 @@ def _save(figure: "Figure", path: Path) -> None:
 
     partial = path.with_name(path.name + ".partial")
     FigureCanvasAgg(figure)
-    figure.savefig(partial, format="png", dpi=dpi)
+    figure.savefig(partial, format="png", dpi=_DPI)
     os.replace(partial, path)

@@ -183,6 +183,8 @@ class Checkpointing(StepCallback):
         if trainer.is_global_zero:
             write_whole(self.run.checkpoint, trainer.save_checkpoint)
             self.save_model(task, trainer.global_step)
+        else:
+            trainer.save_checkpoint(self.run.checkpoint)  # meets the others at a barrier, and writes nothing
 
 
 class StopRequest(StepCallback):

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 from protformer.config import RunConfig, dump_yaml, load_run_config, override_run
 from protformer.corpus.splits import build_split_stores
 from protformer.corpus.token_store import TokenStore, build_token_store
-from protformer.device import choose_device
+from protformer.device import choose_device, is_launched_helper
 from protformer.errors import ConfigError, InputError, OutputError
 from protformer.evaluation.masked_lm import MaskedLmScores
 from protformer.training.fit import RunSummary, rows_per_batch, train
@@ -67,6 +67,9 @@ class Console(Protocol):
 def run_training(request: RunRequest, console: Console) -> str:
     """Train as requested; the closing summary."""
     run = RunFolder(request.out)
+    if is_launched_helper():  # the first process has made the run folder, and reports
+        _train(request, load_run_config(str(run.config)), run)
+        return ""
     is_new = _check_folder(run, resume=request.resume)
     config = _resolve_config(request, None if is_new else load_run_config(str(run.config)))
     choose_device(request.device)
@@ -76,7 +79,11 @@ def run_training(request: RunRequest, console: Console) -> str:
     else:
         _check_sources(request, run)
     write_whole(run.config, lambda partial: partial.write_text(dump_yaml(config), encoding="utf-8"))
-    summary = train(
+    return describe_summary(_train(request, config, run))
+
+
+def _train(request: RunRequest, config: RunConfig, run: RunFolder) -> RunSummary:
+    return train(
         config,
         run,
         device=request.device,
@@ -84,7 +91,6 @@ def run_training(request: RunRequest, console: Console) -> str:
         num_nodes=request.num_nodes,
         quiet=request.quiet,
     )
-    return describe_summary(summary)
 
 
 def describe_summary(summary: RunSummary) -> str:
@@ -104,7 +110,7 @@ def _compare(scores: MaskedLmScores) -> list[str]:
         f"held-out proteins, {scores.num_masked:,} residues asked for:",
         f"  perplexity {scores.perplexity:6.3f}   unigram baseline {scores.baseline_perplexity:6.3f}",
         f"  accuracy   {scores.accuracy:6.2%}   unigram baseline {scores.baseline_accuracy:6.2%}",
-        f"  {gain:+.4f} +- {error:.4f} nats a residue better than the baseline (mean and standard error over proteins)",
+        f"  log-likelihood over the baseline {gain:+.4f} nats a residue, standard error {error:.4f} (over proteins)",
     ]
 
 
