@@ -67,12 +67,12 @@ def only_named(ids: tuple[str, ...], records: Iterable[SequenceRecord]) -> Itera
 
 
 def chains_of_pairs(pairs: Path, records: Iterable[SequenceRecord]) -> Iterator[tuple[SequenceRecord, SequenceRecord]]:
-    """The two proteins of each line of a pairs file; all names are looked up before the first pair is given."""
+    """The two proteins of each pair of the file, once each; all names are looked up before the first pair is given."""
     listed = read_pairs(pairs)
     wanted = {name for pair in listed for name in (pair.a, pair.b)}
     found = {record.id: record for record in records if record.id in wanted}
     resolve_pairs(listed, found.keys(), pairs)
-    return ((found[pair.a], found[pair.b]) for pair in listed)
+    return ((found[a], found[b]) for a, b in dict.fromkeys((pair.a, pair.b) for pair in listed))
 
 
 def _frame(
