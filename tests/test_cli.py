@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from small_model import write_model
 
 from protformer import __version__
 from protformer.cli import COMMANDS, run
 from protformer.config import load_run_config
-from tests.test_inference import write_model
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from strategies import record_ids
 
 from protformer.errors import OutputError
 from protformer.inference.contact_scores import ContactMap
 from protformer.inference.contact_writers import contact_paths, file_stem, write_contacts
-from tests.strategies import record_ids
 
 NASTY_IDS = [
     "../../etc/passwd", "", ".hidden", "..", ".", "a/b", "a%2Fb", "a b", "/", "\\", "a\0b", "C:x", "-rf", "~",

@@ -4,33 +4,18 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from small_model import write_model
 
-from protformer.alphabet import EOS, FIRST_RESIDUE, NUM_TOKENS, STANDARD_RESIDUES, TOKENS
-from protformer.checkpoint import ModelDescription, save_model
+from protformer.alphabet import EOS, STANDARD_RESIDUES, TOKENS
 from protformer.cli import run
-from protformer.config import ExactConfig, FavorConfig, ModelConfig
+from protformer.config import ExactConfig, FavorConfig
 from protformer.corpus.fasta import read_fasta
 from protformer.errors import ConfigError, InputError
 from protformer.inference.contacts import predict_contacts
 from protformer.inference.embed import LengthLimit, LengthReport, embed, resolve_layer
 from protformer.inference.session import open_session
-from protformer.model.masked_lm_head import ProteinLanguageModel
 
 LENGTHS = [30, 7, 64, 1, 90, 30]
-
-
-def write_model(folder, attention, direction="bidirectional"):
-    torch.manual_seed(0)
-    config = ModelConfig(
-        num_layers=2, num_heads=2, hidden_size=16, feed_forward_size=24, attention=attention, direction=direction
-    )
-    model = ProteinLanguageModel(config, seed=0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    counts = [0] * FIRST_RESIDUE + [10] * 25 + [0] * (NUM_TOKENS - FIRST_RESIDUE - 25)
-    save_model(folder, model, ModelDescription(model=config, residue_counts=counts))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Every command of the README runs, in order, in a copy of the data; every option it names exists.
 
 Two things differ from a reader's run: `pip install` is left out (the tests run in an installed environment, and
-`.ci/run` makes it with that line), and `train` stops after three steps. Blocks marked `sh` need what a test machine
+`.ci/run` makes it with that line), and `train` stops after three steps with little validation. Blocks marked `sh` need what a test machine
 has not (Docker).
 """
 
@@ -48,7 +48,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
         if command.startswith(("pip install", "pytest")):
             continue
         if command.startswith("protformer train"):
-            command += " --max-steps 3"  # noqa: PLW2901
+            command += " --max-steps 3 --set data.max_validation_residues=5000"  # noqa: PLW2901
         done = subprocess.run(
             ["bash", "-o", "pipefail", "-c", command],
             cwd=tmp_path,
@@ -64,9 +64,10 @@ def test_every_command_of_the_readme_runs(tmp_path):
 
 @pytest.mark.slow
 def test_the_python_of_the_readme_runs_on_what_its_commands_wrote(tmp_path):
+    from small_model import write_model
+
     from protformer.cli import run
     from protformer.config import load_run_config
-    from tests.test_inference import write_model
 
     write_model(tmp_path / "runs" / "first" / "model", load_run_config("tiny").model.attention)
     fasta = str(ROOT / "data" / "trembl_validation.fasta.gz")

@@ -6,6 +6,7 @@ imported only when a figure is drawn. Files are written under a temporary name a
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_DPI = 200
+_DPI = 240
 _MAX_PIXELS = 1000
+"""A map is a little wider than this at `_DPI`; were it narrower, some rows would not be drawn at all."""
 _MAX_TITLE_LETTERS = 44
 _MAX_NAME_LETTERS = 20
 _NUM_TICKS = 6
@@ -175,5 +177,8 @@ def _save(figure: "Figure", path: Path) -> None:
 
     partial = path.with_name(path.name + ".partial")
     FigureCanvasAgg(figure)
-    figure.savefig(partial, format="png", dpi=_DPI)
+    with warnings.catch_warnings():
+        # Letters of an id that the font lacks are drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(partial, format="png", dpi=_DPI)
     os.replace(partial, path)

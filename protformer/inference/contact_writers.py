@@ -12,7 +12,7 @@ import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,7 +41,7 @@ def write_contacts(
     for path in paths:
         partial = path.with_name(path.name + ".partial")
         try:
-            _WRITERS[path.suffix](contact_map, partial)
+            _WRITERS[path.name.rpartition(".")[2]](contact_map, partial)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -89,7 +89,7 @@ def _percent_encode(match: re.Match[str]) -> str:
 
 
 def _write_npz(contact_map: ContactMap, path: Path) -> None:
-    arrays: dict[str, np.ndarray] = {
+    arrays: dict[str, Any] = {
         "contacts": contact_map.contacts,
         "sequence": np.array(contact_map.sequence),
         "chain_lengths": np.array(contact_map.chain_lengths, dtype=np.int64),
@@ -98,9 +98,10 @@ def _write_npz(contact_map: ContactMap, path: Path) -> None:
     if len(contact_map.chain_lengths) == 2:
         border = contact_map.chain_lengths[0]
         arrays["inter_chain"] = contact_map.contacts[:border, border:]
-    # Through an open file, since NumPy would add `.npz` to a path.
+    # Through an open file, since NumPy would add `.npz` to a path. Without `allow_pickle`, which NumPy before 2.1
+    # does not know and would store as one more array.
     with path.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+        np.savez_compressed(file, **arrays)
 
 
 def _write_rr(contact_map: ContactMap, path: Path) -> None:
@@ -146,10 +147,10 @@ def _write_png(contact_map: ContactMap, path: Path) -> None:
 
 
 _WRITERS: dict[str, Callable[[ContactMap, Path], None]] = {
-    ".npz": _write_npz,
-    ".rr": _write_rr,
-    ".csv": _write_csv,
-    ".png": _write_png,
+    "npz": _write_npz,
+    "rr": _write_rr,
+    "csv": _write_csv,
+    "png": _write_png,
 }
 
 

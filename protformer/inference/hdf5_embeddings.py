@@ -110,8 +110,9 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
 
     def _abandon(self) -> None:
         # Should this fail as well (a full disk), the journal puts the file back to its last commit.
-        with contextlib.suppress(OSError):
-            self._commit()
+        with contextlib.suppress(OSError, RuntimeError):
+            if self._file:
+                self._commit()
         with contextlib.suppress(OSError, RuntimeError):
             self._file.close()
         self._journaled.close(keep_journal=True)
@@ -149,7 +150,7 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
         if self._partial.exists():
             roll_back(self._partial)
             if self._partial.stat().st_size == 0:
-                return False
+                self._partial.unlink()
         if not (self._path.exists() or self._partial.exists()):
             return False
         if self._path.exists() and self._partial.exists():

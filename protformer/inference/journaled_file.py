@@ -23,9 +23,14 @@ _ENTRY = struct.Struct("<QQ")
 
 
 class JournaledFile:
-    """A binary file, opened for reading and writing, with a rollback journal beside it."""
+    """A binary file, opened for reading and writing, with a rollback journal beside it.
+
+    A write that fails (the disk is full) raises at the next `commit`, and until then nothing more is written:
+    HDF5 flushes in destructors, where an exception is lost, and crashes when it cannot write while it closes.
+    """
 
     def __init__(self, path: Path, *, create: bool) -> None:
+        self._failure: OSError | None = None
         self._journal_path = journal_path(path)
         if create:
             self._journal_path.unlink(missing_ok=True)
@@ -40,6 +45,8 @@ class JournaledFile:
 
         Between the two journal writes the journal is empty, which means "nothing to undo", and so it is.
         """
+        if self._failure is not None:
+            raise self._failure
         position = self._file.tell()
         self._committed_size = self._file.seek(0, os.SEEK_END)
         self._file.seek(position)
@@ -57,13 +64,22 @@ class JournaledFile:
     def write(self, data: Any) -> int:
         """`data` has the buffer protocol: h5py hands over a memory view of its own type."""
         view = memoryview(data).cast("B")
-        self._save(self._file.tell(), len(view))
-        _write_all(self._file, view)
+        if self._failure is None:
+            try:
+                self._save(self._file.tell(), len(view))
+                _write_all(self._file, view)
+            except OSError as error:
+                self._failure = error
         return len(view)
 
     def truncate(self, size: int) -> int:
-        self._save(size, self._committed_size - size)
-        return self._file.truncate(size)
+        if self._failure is None:
+            try:
+                self._save(size, self._committed_size - size)
+                self._file.truncate(size)
+            except OSError as error:
+                self._failure = error
+        return size
 
     def read(self, count: int = -1) -> bytes:
         return self._file.read(count)
