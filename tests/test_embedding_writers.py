@@ -160,7 +160,7 @@ def test_parquet_without_pyarrow_names_the_extra_to_install(tmp_path, monkeypatc
         return original(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", without_pyarrow)
-    with pytest.raises(OutputError, match=r"pip install protformer\[parquet\]"):
+    with pytest.raises(OutputError, match=r"pip install 'protformer\[parquet\]'"):
         open_writer(tmp_path / "x.parquet")
 
 
@@ -237,6 +237,12 @@ def test_resuming_a_finished_file_adds_what_it_lacks(tmp_path):
 def test_resuming_where_nothing_is_starts_anew(tmp_path):
     assert resume(tmp_path / "x.h5") == set()
     assert resume(tmp_path / "x.h5") == set(IDS)
+
+
+def test_an_empty_partial_file_does_not_cost_the_finished_one(tmp_path):
+    write_all(tmp_path / "x.h5", RECORDS[:2])
+    (tmp_path / "x.h5.partial").touch()
+    assert resume(tmp_path / "x.h5") == set(IDS[:2])
 
 
 def test_unfinished_work_is_not_thrown_away_by_a_fresh_start(tmp_path):

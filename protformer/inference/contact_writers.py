@@ -35,7 +35,7 @@ def write_contacts(
 
     npz: `contacts` (residue, residue) float32, `sequence`, `chain_lengths`, `chain_ids`; for two chains also
     `inter_chain` (residue_a, residue_b). rr: CASP RR, all pairs by descending score. csv: all pairs by
-    position. Raises OutputError where a file exists already.
+    position. Raises OutputError where a file exists already, or the disk is full.
     """
     paths = contact_paths(contact_map.chain_ids, folder, formats, plot)
     for path in paths:
@@ -43,6 +43,8 @@ def write_contacts(
         try:
             _WRITERS[path.name.rpartition(".")[2]](contact_map, partial)
             os.replace(partial, path)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot write the file: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
     return paths

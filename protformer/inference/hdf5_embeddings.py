@@ -72,17 +72,10 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
         fresh = not (resume and self._prepare_resume())
         if fresh:
             self._partial.unlink(missing_ok=True)
-        self._journaled = JournaledFile(self._partial, create=fresh)
-        self._file = h5py.File(
-            self._journaled,
-            "w" if fresh else "r+",
-            libver=_HDF5_VERSIONS,
-            track_order=True if fresh else None,
-        )
-        if fresh:
-            self._create_layout()
-        self._done = frozenset(self._file[INDEX_GROUP]["id"].asstr()[:].tolist())
-        self._commit()
+        try:
+            self._open(fresh)
+        except OSError as error:
+            raise OutputError(f"{self._path}: cannot begin the file: {error}") from error
 
     def done_ids(self) -> frozenset[str]:
         return self._done
@@ -106,6 +99,8 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
     def _finish(self) -> None:
         self._commit()
         self._file.close()
+        # Raises if closing could not write everything.
+        self._journaled.commit()
         self._journaled.close(keep_journal=False)
 
     def _abandon(self) -> None:
@@ -128,6 +123,23 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
         self._file.flush()
         self._journaled.commit()
         self._committed_at = time.monotonic()
+
+    def _open(self, fresh: bool) -> None:
+        self._journaled = JournaledFile(self._partial, create=fresh)
+        self._file = h5py.File(
+            self._journaled,
+            "w" if fresh else "r+",
+            libver=_HDF5_VERSIONS,
+            track_order=True if fresh else None,
+        )
+        try:
+            if fresh:
+                self._create_layout()
+            self._done = frozenset(self._file[INDEX_GROUP]["id"].asstr()[:].tolist())
+            self._commit()
+        except OSError:
+            self._abandon()
+            raise
 
     def _create_layout(self) -> None:
         for name, value in self._described().items():

@@ -15,6 +15,7 @@ little-endian.
 import io
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,20 @@ class JournaledFile:
             roll_back(path)
         self._file = path.open("x+b" if create else "r+b", buffering=0)
         self._journal = self._journal_path.open("wb", buffering=0)
-        self.commit()
+        try:
+            self.commit()
+        except OSError:
+            self.close(keep_journal=True)
+            raise
 
     def commit(self) -> None:
         """Make the present content what `roll_back` returns to.
 
         Between the two journal writes the journal is empty, which means "nothing to undo", and so it is.
         """
+        self._attempt(self._begin_journal)
         if self._failure is not None:
             raise self._failure
-        position = self._file.tell()
-        self._committed_size = self._file.seek(0, os.SEEK_END)
-        self._file.seek(position)
-        self._journal.seek(0)
-        self._journal.truncate()
-        _write_all(self._journal, _SIZE.pack(self._committed_size))
 
     def close(self, *, keep_journal: bool) -> None:
         """Close the file; without its journal, it stays as it is now."""
@@ -64,21 +64,11 @@ class JournaledFile:
     def write(self, data: Any) -> int:
         """`data` has the buffer protocol: h5py hands over a memory view of its own type."""
         view = memoryview(data).cast("B")
-        if self._failure is None:
-            try:
-                self._save(self._file.tell(), len(view))
-                _write_all(self._file, view)
-            except OSError as error:
-                self._failure = error
+        self._attempt(lambda: self._overwrite(view))
         return len(view)
 
     def truncate(self, size: int) -> int:
-        if self._failure is None:
-            try:
-                self._save(size, self._committed_size - size)
-                self._file.truncate(size)
-            except OSError as error:
-                self._failure = error
+        self._attempt(lambda: self._shorten(size))
         return size
 
     def read(self, count: int = -1) -> bytes:
@@ -95,6 +85,29 @@ class JournaledFile:
 
     def flush(self) -> None:
         """Nothing is buffered here."""
+
+    def _attempt(self, change: Callable[[], None]) -> None:
+        if self._failure is None:
+            try:
+                change()
+            except OSError as error:
+                self._failure = error
+
+    def _begin_journal(self) -> None:
+        position = self._file.tell()
+        self._committed_size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(position)
+        self._journal.seek(0)
+        self._journal.truncate()
+        _write_all(self._journal, _SIZE.pack(self._committed_size))
+
+    def _overwrite(self, data: memoryview) -> None:
+        self._save(self._file.tell(), len(data))
+        _write_all(self._file, data)
+
+    def _shorten(self, size: int) -> None:
+        self._save(size, self._committed_size - size)
+        self._file.truncate(size)
 
     def _save(self, offset: int, count: int) -> None:
         """Copy the bytes to be overwritten, as far as they belong to the last commit, to the journal."""
