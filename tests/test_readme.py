@@ -1,8 +1,8 @@
 """Every command of the README runs, in order, in a copy of the data; every option it names exists.
 
 Two things differ from a reader's run: `pip install` is left out (the tests run in an installed environment, and
-`.ci/run` makes it with that line), and `train` stops after three steps with little validation. Blocks marked `sh` need what a test machine
-has not (Docker).
+`.ci/run` makes it with that line), and `train` stops after three steps with little validation. Blocks marked `sh` need
+what a test machine has not (Docker, a download of torch).
 """
 
 import os

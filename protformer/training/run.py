@@ -4,6 +4,7 @@ In: a `RunRequest`. Out: the closing summary as text. Everything that can be wro
 data are read; a run folder appears only with its first content.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -32,6 +33,9 @@ RESUMABLE_CHANGES = frozenset(
     )
 )
 """Fields that may differ on a resume: they do not change what is learned, or only by rounding."""
+
+UNSTARTED_ENTRIES = r"(\.?(store|validation)(\.\d+\.(tmp|old))?)|stores\.json|(stores\.json|config\.yaml)\.partial"
+"""What is in the folder of a run that has not got as far as its config.yaml."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,13 +119,16 @@ def _compare(scores: MaskedLmScores) -> list[str]:
 
 
 def _check_folder(run: RunFolder, *, resume: bool) -> bool:
-    """Whether the run is to be made anew."""
-    exists = run.root.exists() and (not run.root.is_dir() or any(run.root.iterdir()))
-    if exists and not resume:
+    """Whether the run is new: nothing is there yet, or what a run left that was killed before its first step."""
+    if run.root.exists() and not run.root.is_dir():
+        raise OutputError(f"{run.root}: is a file; choose another --out")
+    entries = [entry.name for entry in run.root.iterdir()] if run.root.exists() else []
+    is_unstarted = not run.config.is_file() and all(re.fullmatch(UNSTARTED_ENTRIES, name) for name in entries)
+    if entries and not resume and not is_unstarted:
         raise OutputError(f"{run.root}: exists already; choose another --out, or add --resume to go on with it")
-    if resume and not run.config.is_file():
+    if resume and not run.config.is_file() and not (entries and is_unstarted):
         raise InputError(f"{run.root}: no run to resume here (no config.yaml)")
-    return not exists
+    return not run.config.is_file()
 
 
 def _resolve_config(request: RunRequest, stored: RunConfig | None) -> RunConfig:
@@ -151,7 +158,8 @@ def _resolve_config(request: RunRequest, stored: RunConfig | None) -> RunConfig:
 
 def _prepare_stores(request: RunRequest, run: RunFolder, config: RunConfig, console: Console) -> None:
     with _removed_on_failure(run.root):
-        run.root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(run.root, ignore_errors=True)  # at most what a start that was killed has left
+        run.root.mkdir(parents=True)
         paths = _build_stores(request, run, config, console)
         stores = [TokenStore.open(path) for path in (paths.train, paths.validation) if path is not None]
         if len(stores[0]) == 0:
