@@ -105,8 +105,8 @@ def test_a_contact_file_that_does_not_fit_leaves_nothing(tmp_path, suffix):
 
 @pytest.mark.parametrize("times", [1, 10**6], ids=["once", "from_then_on"])
 def test_any_single_write_to_an_h5_file_may_fail(tmp_path, monkeypatch, times):
-    """The n-th write fails, for every fourth n until the file is finished without."""
-    write_all, records = journaled_file._write_all, RECORDS[:2]
+    """The n-th write fails, for every n until the file is finished without."""
+    write_all, records = journaled_file._write_all, RECORDS[:1]
     num_written = num_failed = 0
 
     def failing(file, data):
@@ -117,7 +117,7 @@ def test_any_single_write_to_an_h5_file_may_fail(tmp_path, monkeypatch, times):
         write_all(file, data)
 
     monkeypatch.setattr(journaled_file, "_write_all", failing)
-    for fail_at in range(1, 10**6, 4):
+    for fail_at in range(1, 10**6):
         path = tmp_path / f"{fail_at}.h5"
         num_written = 0
         with suppress(OutputError):

@@ -177,11 +177,8 @@ def _save(figure: "Figure", path: Path) -> None:
 
     partial = path.with_name(path.name + ".partial")
     FigureCanvasAgg(figure)
-    try:
-        with warnings.catch_warnings():
-            # Letters of an id that the font lacks are drawn as boxes.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            figure.savefig(partial, format="png", dpi=_DPI)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with warnings.catch_warnings():
+        # Letters of an id that the font lacks are drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(partial, format="png", dpi=_DPI)
+    os.replace(partial, path)
