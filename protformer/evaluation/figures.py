@@ -21,7 +21,7 @@ _DPI = 200
 _MAX_PIXELS = 1000
 _MAX_NAME_LETTERS = 28
 _NUM_TICKS = 6
-_INK = "0.25"
+INK = "0.25"
 _TRAIN, _VALIDATION = "#7f8c9b", "#1f5fa8"
 
 
@@ -52,12 +52,12 @@ def plot_contact_map(
         extent=(0.5, len(contacts) + 0.5, len(contacts) + 0.5, 0.5),
     )
     _mark_chains(axes, chain_lengths, chain_ids)
-    axes.set_title(_shortened(title), fontsize=10, color=_INK)
+    axes.set_title(_shortened(title), fontsize=10, color=INK)
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
-    bar.set_label("Contact score", color=_INK)
-    bar.ax.tick_params(labelsize=8, colors=_INK)
-    bar.outline.set_edgecolor(_INK)
-    _save(figure, path)
+    bar.set_label("Contact score", color=INK)
+    bar.ax.tick_params(labelsize=8, colors=INK)
+    bar.outline.set_edgecolor(INK)
+    save_figure(figure, path)
 
 
 def plot_training_curves(
@@ -90,13 +90,13 @@ def plot_training_curves(
     names = ("Loss (nats per masked residue)", "Masked perplexity", "Masked accuracy")
     for axes, baseline, name in zip((loss, perplexity, accuracy), baselines, names, strict=True):
         if baseline is not None:
-            axes.axhline(baseline, color=_INK, linestyle="--", linewidth=1.0, label="unigram baseline")
-        axes.set_xlabel("Optimizer step", color=_INK)
-        axes.set_title(name, fontsize=10, color=_INK, loc="left")
-        _plain_frame(axes)
+            axes.axhline(baseline, color=INK, linestyle="--", linewidth=1.0, label="unigram baseline")
+        axes.set_xlabel("Optimizer step", color=INK)
+        axes.set_title(name, fontsize=10, color=INK, loc="left")
+        plain_frame(axes)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
-    _save(figure, path)
+            axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    save_figure(figure, path)
 
 
 def _mark_chains(axes: "Axes", chain_lengths: Sequence[int], chain_ids: Sequence[str]) -> None:
@@ -109,17 +109,17 @@ def _mark_chains(axes: "Axes", chain_lengths: Sequence[int], chain_ids: Sequence
         labels += [str(number) for number in numbers]
         start += length
         if start < sum(chain_lengths):
-            axes.axhline(start + 0.5, color=_INK, linewidth=0.8)
-            axes.axvline(start + 0.5, color=_INK, linewidth=0.8)
+            axes.axhline(start + 0.5, color=INK, linewidth=0.8)
+            axes.axvline(start + 0.5, color=INK, linewidth=0.8)
     axes.set_xticks(ticks, labels)
     axes.set_yticks(ticks, labels)
     several = len(chain_lengths) > 1
     name = "Residue (" + ", ".join(_shortened(chain_id) for chain_id in chain_ids) + ")" if several else "Residue"
-    axes.set_xlabel(name, color=_INK)
-    axes.set_ylabel(name, color=_INK)
-    axes.tick_params(labelsize=8, colors=_INK)
+    axes.set_xlabel(name, color=INK)
+    axes.set_ylabel(name, color=INK)
+    axes.tick_params(labelsize=8, colors=INK)
     for spine in axes.spines.values():
-        spine.set_edgecolor(_INK)
+        spine.set_edgecolor(INK)
 
 
 def _tick_numbers(length: int, num_ticks: int) -> list[int]:
@@ -144,12 +144,13 @@ def _draw_curve(axes: "Axes", steps: Sequence[float], values: Sequence[float], c
     axes.plot(steps, values, color=color, linewidth=1.4, marker=marker, markersize=3, label=label)
 
 
-def _plain_frame(axes: "Axes") -> None:
+def plain_frame(axes: "Axes") -> None:
+    """Two axes in grey, horizontal lines behind the data: the frame of every figure of ours."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_edgecolor(_INK)
-    axes.tick_params(labelsize=8, colors=_INK)
+        axes.spines[side].set_edgecolor(INK)
+    axes.tick_params(labelsize=8, colors=INK)
     axes.grid(axis="y", color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
 
@@ -158,7 +159,8 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _MAX_NAME_LETTERS else name[: _MAX_NAME_LETTERS - 3] + "..."
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write PNG whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     partial = path.with_name(path.name + ".partial")
