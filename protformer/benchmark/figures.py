@@ -64,15 +64,17 @@ def plot_errors(outputs: Sequence[OutputError], layers: Sequence[LayerError], *,
         label = f"m = {num_features}"
         _draw_interval(right, [e.layer for e in by_layer], [e.relative for e in by_layer], color, label)
     left.set_xscale("log", base=2)
+    left.set_xticks(sorted({error.num_features for error in outputs}))
+    left.xaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
+    left.set_yscale("log")
+    right.set_ylim(bottom=0)
     left.set_xlabel("Random features m", color=INK)
     right.set_xlabel("Layer", color=INK)
     left.set_title("Mean squared error of the attention output", fontsize=10, color=INK, loc="left")
     right.set_title("Relative error of the hidden states", fontsize=10, color=INK, loc="left")
     for axes in (left, right):
-        axes.set_yscale("log")
         plain_frame(axes)
-    left.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    right.legend(frameon=False, fontsize=8, labelcolor=INK)
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     figure.suptitle(title, fontsize=10, color=INK)
     save_figure(figure, path)
 
@@ -130,13 +132,15 @@ def _draw_costs(axes: "Axes", rows: Sequence[Row], value: Callable[[Row], float 
     plain_frame(axes)
 
 
-def _draw_interval(axes: "Axes", x: Sequence[float], intervals: Sequence[Interval], color: str, label: str) -> None:
+def _draw_interval(
+    axes: "Axes", x: Sequence[float | int], intervals: Sequence[Interval], color: str, label: str
+) -> None:
     _draw_line(axes, x, [interval.median for interval in intervals], color, label)
     low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
     axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
 
-def _draw_line(axes: "Axes", x: Sequence[float], y: Sequence[float], color: str, label: str) -> None:
+def _draw_line(axes: "Axes", x: Sequence[float | int], y: Sequence[float], color: str, label: str) -> None:
     axes.plot(x, y, color=color, linewidth=1.4, marker="o", markersize=3, label=label)
 
 

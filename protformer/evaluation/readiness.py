@@ -139,7 +139,7 @@ def _effective_features(
     visible: Bool[Tensor, "batch 1 query residue"],
     projection: Float[Tensor, "feature head_dim"],
 ) -> Float[Tensor, "batch head query"]:
-    """Sums over keys relative to each feature's largest key, all else as logarithms: nothing that matters underflows."""
+    """Sums over keys relative to each feature's largest key, all else as logarithms, so that nothing underflows."""
     log_q, log_k = (_log_features(x, projection) for x in (q, k))
     reference = log_k.amax(dim=2, keepdim=True)
     keys = visible.double() @ (log_k - reference).exp()
