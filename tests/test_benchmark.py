@@ -111,6 +111,12 @@ def test_every_combination_of_kind_direction_dtype_and_pass_runs():
         prepare(case)()
 
 
+def test_a_peer_is_only_asked_for_the_kinds_it_has():
+    cases = attention_cases(grid(peers=True, lengths=[16]), heads=2, head_dim=8, num_features=8)
+    assert {case.kind for case in cases if case.implementation == "performer-pytorch"} == {"favor"}
+    assert {case.kind for case in cases if case.implementation == "protformer"} == {"favor", "exact"}
+
+
 def test_a_case_travels_to_another_process_unchanged():
     case = model_cases(grid(), replace(SIZES, attention=FavorConfig(num_features=8)))[0]
     assert decode(Case, json.loads(json.dumps(asdict(case)))) == case

@@ -26,7 +26,10 @@ class Crossover:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Floor:
-    """The time that matrix products alone would take, and a row's multiple of it."""
+    """The time that matrix products alone would take at the rate measured for their dtype, and a row's multiple of it.
+
+    A multiple below 1 is no error: where a machine multiplies bf16 slower than float32, kernels that convert win.
+    """
 
     row: Row
     operations: int

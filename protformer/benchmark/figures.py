@@ -40,7 +40,7 @@ def plot_costs(rows: Sequence[Row], *, title: str, path: Path) -> None:
     for axes in grid[-1]:
         axes.set_xlabel("Residues", color=INK)
     handles = {label: line for axes in grid[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    columns = min(4, len(handles))
+    columns = max(1, round(1.5 * len(panels)))
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
     )

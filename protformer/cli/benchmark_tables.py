@@ -86,7 +86,13 @@ def readiness_table(reports: Iterable[LayerReport], sequences: str) -> list[Tabl
             f"{figures.mean_pooling_error:.3f}",
             f"{report.propagated_error:.3f}",
         )
-    return [table, "An error of attention near or above that of mean(V) means that random features do not follow it."]
+    return [
+        table,
+        (
+            "A large error near or above that of mean(V): random features do not follow this layer."
+            " Both small: attention is nearly flat, there is little to follow."
+        ),
+    ]
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
