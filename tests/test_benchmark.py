@@ -55,6 +55,12 @@ ROW_KEYS = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def small_matrices(monkeypatch):
+    """The rate of products is measured in an instant."""
+    monkeypatch.setitem(timing.MATRIX_SIZE, "cpu", 128)
+
+
 def grid(**changes):
     every = {
         "kinds": ["favor", "exact"],
