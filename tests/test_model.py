@@ -7,6 +7,7 @@ import torch
 
 from protformer.alphabet import EOS, FIRST_RESIDUE, LAST_RESIDUE, MASK, NUM_TOKENS, PAD
 from protformer.config import ExactConfig, FavorConfig, GeneralizedConfig, ModelConfig, load_run_config
+from protformer.model import encoder
 from protformer.model.masked_lm_head import ProteinLanguageModel
 from protformer.model.rotary import positions_in_segments, rotary_angles, rotate
 
@@ -160,3 +161,20 @@ def test_a_new_model_keeps_the_scale_of_what_it_gets_at_any_width():
             logits = model(row, one)
         assert 0.1 < spread < 3
         assert 0.3 < logits.std() < 3
+
+
+@pytest.mark.parametrize("direction", ["bidirectional", "unidirectional"])
+def test_blocks_along_the_residues_change_nothing_without_autograd(monkeypatch, direction):
+    model = make_model(FavorConfig(num_features=16), direction)
+    row = torch.cat([protein(20, 1), protein(26, 2)]).expand(2, -1)
+    segments = torch.ones_like(row)
+    whole = model(row, segments)
+    blocks = []
+    monkeypatch.setattr(
+        encoder, "INFERENCE_BLOCK_TOKENS", 20
+    )  # 10 residues of each of the 2 rows; the last block has 8
+    norm = model.encoder.blocks[0].feed_forward_norm
+    norm.register_forward_hook(lambda module, arguments, output: blocks.append(output.shape[1]))
+    with torch.no_grad():
+        torch.testing.assert_close(model(row, segments), whole, rtol=1e-5, atol=1e-5)
+    assert blocks == [10, 10, 10, 10, 8]

@@ -21,6 +21,7 @@ COMMANDS = {
     "predict-contacts": "predict_contacts",
     "evaluate": "evaluate",
     "describe": "describe",
+    "benchmark": "benchmark",
 }
 """Command -> module in this package, in the order of the help page."""
 

@@ -26,7 +26,7 @@ _MAX_NAME_LETTERS = 20
 _NUM_TICKS = 6
 _TICK_ROOM = 0.05
 """Of the width of a map: nearer to each other, two numbers would overlap."""
-_INK = "0.25"
+INK = "0.25"
 _TRAIN, _VALIDATION = "#7f8c9b", "#1f5fa8"
 
 
@@ -58,12 +58,12 @@ def plot_contact_map(
     )
     _mark_chains(axes, chain_lengths, chain_ids)
     # Ids are no mathematics, whatever `$` they hold.
-    axes.set_title(_shortened(title, _MAX_TITLE_LETTERS), fontsize=10, color=_INK, parse_math=False)
+    axes.set_title(_shortened(title, _MAX_TITLE_LETTERS), fontsize=10, color=INK, parse_math=False)
     bar = figure.colorbar(image, cax=axes.inset_axes((1.03, 0.0, 0.046, 1.0)))
-    bar.set_label("Contact score", color=_INK)
-    bar.ax.tick_params(labelsize=8, colors=_INK)
-    bar.outline.set_edgecolor(_INK)
-    _save(figure, path)
+    bar.set_label("Contact score", color=INK)
+    bar.ax.tick_params(labelsize=8, colors=INK)
+    bar.outline.set_edgecolor(INK)
+    save_figure(figure, path)
 
 
 def plot_training_curves(
@@ -97,13 +97,13 @@ def plot_training_curves(
     for axes, (name, values, baseline) in zip(row, panels, strict=True):
         _draw_curve(axes, val_steps, values, _VALIDATION, "validation")
         if baseline is not None:
-            axes.axhline(baseline, color=_INK, linestyle="--", linewidth=1.0, label="unigram baseline")
-        axes.set_xlabel("Optimizer step", color=_INK)
-        axes.set_title(name, fontsize=10, color=_INK, loc="left")
-        _plain_frame(axes)
+            axes.axhline(baseline, color=INK, linestyle="--", linewidth=1.0, label="unigram baseline")
+        axes.set_xlabel("Optimizer step", color=INK)
+        axes.set_title(name, fontsize=10, color=INK, loc="left")
+        plain_frame(axes)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
-    _save(figure, path)
+            axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    save_figure(figure, path)
 
 
 def _mark_chains(axes: "Axes", chain_lengths: Sequence[int], chain_ids: Sequence[str]) -> None:
@@ -122,16 +122,16 @@ def _mark_chains(axes: "Axes", chain_lengths: Sequence[int], chain_ids: Sequence
         labels += [str(number) for number in numbers]
         start += length
         if start < total:
-            axes.axhline(start + 0.5, color=_INK, linewidth=0.8)
-            axes.axvline(start + 0.5, color=_INK, linewidth=0.8)
+            axes.axhline(start + 0.5, color=INK, linewidth=0.8)
+            axes.axvline(start + 0.5, color=INK, linewidth=0.8)
     axes.set_xticks(ticks, labels)
     axes.set_yticks(ticks, labels)
     names = ", ".join(_shortened(chain_id, _MAX_NAME_LETTERS) for chain_id in chain_ids)
-    axes.set_xlabel(f"Residue ({names})" if len(chain_ids) > 1 else "Residue", color=_INK, parse_math=False)
-    axes.set_ylabel("Residue", color=_INK)
-    axes.tick_params(labelsize=8, colors=_INK)
+    axes.set_xlabel(f"Residue ({names})" if len(chain_ids) > 1 else "Residue", color=INK, parse_math=False)
+    axes.set_ylabel("Residue", color=INK)
+    axes.tick_params(labelsize=8, colors=INK)
     for spine in axes.spines.values():
-        spine.set_edgecolor(_INK)
+        spine.set_edgecolor(INK)
 
 
 def _tick_numbers(length: int, num_ticks: int) -> list[int]:
@@ -158,12 +158,13 @@ def _draw_curve(axes: "Axes", steps: Sequence[float], values: Sequence[float], c
     axes.plot(steps, values, color=color, linewidth=1.4, marker=marker, markersize=3, label=label)
 
 
-def _plain_frame(axes: "Axes") -> None:
+def plain_frame(axes: "Axes") -> None:
+    """Two axes in grey, horizontal lines behind the data: the frame of every figure of ours."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_edgecolor(_INK)
-    axes.tick_params(labelsize=8, colors=_INK)
+        axes.spines[side].set_edgecolor(INK)
+    axes.tick_params(labelsize=8, colors=INK)
     axes.grid(axis="y", color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
 
@@ -172,7 +173,8 @@ def _shortened(name: str, max_letters: int) -> str:
     return name if len(name) <= max_letters else name[: max_letters - 3] + "..."
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write PNG whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     partial = path.with_name(path.name + ".partial")
