@@ -8,7 +8,7 @@ The map of the package, from the bottom up (each layer imports only those above 
 - `corpus`: sequences to arrays (NumPy). `attention`: one file a kind (torch).
 - `model`: encoder and heads. `checkpoint`: the model folder on disk.
 - `evaluation`: metrics and figures.
-- `inference`: embeddings and contacts. `training`: Lightning.
+- `inference`: embeddings and contacts. `training`: Lightning. `benchmark`: time, memory and errors.
 - `cli`: one file a command.
 
 Importing this package imports nothing heavy.

@@ -1,8 +1,8 @@
 """The model folder: the only reader and writer of weights.
 
-In and out: a `ProteinLanguageModel` with its `ModelDescription`, as `config.json`, `model.safetensors` and a generated
-`README.md`. No pickle is read here. A folder of another alphabet, of a newer format, or with missing parts is refused in
-one line.
+In and out: a `ProteinLanguageModel` with its `ModelDescription`, as `config.json`, `model.safetensors` and a
+generated `README.md`. No pickle is read here. A folder of another alphabet, of a newer format, or with missing parts
+is refused in one line.
 """
 
 import json
@@ -94,7 +94,7 @@ def read_description(path: Path) -> ModelDescription:
         )
     if tree.get("alphabet_fingerprint") != FINGERPRINT:
         raise ModelFolderError(
-            f"{file}: made with another alphabet ({tree.get('alphabet_fingerprint')!r}, this program has {FINGERPRINT!r})"
+            f"{file}: made with another alphabet ({tree.get('alphabet_fingerprint')!r}, not {FINGERPRINT!r})"
         )
     try:
         description = decode(ModelDescription, tree)
@@ -149,7 +149,7 @@ def load_tensors(path: Path) -> dict[str, object]:
     """What `save_tensors` wrote."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise InputError(
             f"{path}: not a readable .pt file of tensors ({' '.join(str(error).split())[:200]})"
         ) from error
@@ -163,11 +163,14 @@ def model_card(description: ModelDescription, *, num_parameters: int) -> str:
     model, training = description.model, description.training
     return f"""# A protformer protein language model
 
-{num_parameters:,} parameters; {model.num_layers} layers, {model.num_heads} heads, hidden size {model.hidden_size}, feed-forward
-{model.feed_forward_size}, {model.attention.kind} attention, {model.direction}, trained with `packing: {description.packing}`.
+{num_parameters:,} parameters; {model.num_layers} layers, {model.num_heads} heads, hidden size {model.hidden_size},
+feed-forward {model.feed_forward_size}, {model.attention.kind} attention, {model.direction}, trained with `packing:
+{description.packing}`.
 
-- Training data: {", ".join(training.sources) or "unknown"} ({training.num_proteins:,} proteins, {training.num_residues:,} residues)
-- Training: {training.steps:,} steps, {training.tokens_seen:,} tokens, windows of {training.max_residues:,} tokens, seed {training.seed}
+- Training data: {", ".join(training.sources) or "unknown"} ({training.num_proteins:,} proteins,
+  {training.num_residues:,} residues)
+- Training: {training.steps:,} steps, {training.tokens_seen:,} tokens, windows of {training.max_residues:,} tokens,
+  seed {training.seed}
 - Written by protformer {description.protformer_version}
 
 Use it with `protformer embed --model FOLDER --fasta proteins.fa --out embeddings.h5`, or see `protformer --help`.

@@ -207,8 +207,8 @@ Config = TypeVar("Config")
 def load_run_config(source: str | None, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Read a run's configuration.
 
-    `source` is a path, or the name of a built-in configuration such as `tiny`; None gives the defaults. Each override is
-    `dotted.path=value` with the value in YAML. Raises ConfigError.
+    `source` is a path, or the name of a built-in configuration such as `tiny`; None gives the defaults. Each override
+    is `dotted.path=value` with the value in YAML. Raises ConfigError.
     """
     import yaml
 
@@ -243,13 +243,13 @@ def find_config(source: str) -> Path:
     if source in names:
         return names[source]
     raise ConfigError(
-        f"--config {source}: no such file, and no built-in configuration of that name (built in: {', '.join(sorted(names))})"
-        + _suggest(source, names)
+        f"--config {source}: no such file, and no built-in configuration of that name"
+        f" (built in: {', '.join(sorted(names))})" + _suggest(source, names)
     )
 
 
 def decode(kind: type[Config], tree: object, path: str = "") -> Config:
-    """Build the dataclass `kind` from a tree of mappings and scalars, refusing whatever does not fit its declaration."""
+    """Build the dataclass `kind` from a tree of mappings and scalars; what does not fit its declaration is refused."""
     return typing.cast(Config, _decode_value(kind, tree, path))
 
 

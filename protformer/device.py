@@ -4,9 +4,11 @@ In: what the user asked for. Out: a torch device, a precision, numbers for the l
 honour fails here, before data are read.
 """
 
+import os
 import platform
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -32,7 +34,7 @@ def choose_device(requested: str = "auto") -> torch.device:
 
 
 def multiplies_bf16_in_hardware(device: torch.device) -> bool:
-    """Whether bf16 matrix products are faster than float32 ones: on a CPU without AMX or AVX512-BF16 they are slower."""
+    """Whether bf16 matrix products beat float32 ones: on a CPU without AMX or AVX512-BF16 they are slower."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
@@ -56,6 +58,61 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def is_launched_helper() -> bool:
+    """Whether this process is one that Lightning started beside the first one, to drive another device."""
+    return int(os.environ.get("LOCAL_RANK", "0")) > 0
+
+
 def make_deterministic() -> None:
     """Let an operation without a deterministic implementation say so, instead of giving other numbers on a resume."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until all that was asked of the device is done; without this, times are those of asking."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def memory_bytes(device: torch.device) -> tuple[int, int]:
+    """Memory held now, and the most held so far: by the CUDA allocator, or by this process on other devices.
+
+    On Linux the peak is read from /proc: getrusage's also counts what the parent held when it started this process.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        fields = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
+        now, most = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+        return now, most
+    peak = int(peak_memory_gb(device) * 1e9)
+    return peak, peak
+
+
+def limit_memory(gigabytes: float) -> None:
+    """Let this process fail when it asks for more than this (1e9 bytes), before the machine runs out of memory."""
+    if sys.platform == "linux":
+        limit = int(gigabytes * 1e9)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def describe_machine(device: torch.device) -> dict[str, object]:
+    """What a measurement depends on, for the record."""
+    cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "device": cuda or device.type,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "bf16_in_hardware": multiplies_bf16_in_hardware(device),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -25,7 +25,11 @@ CPU = torch.device("cpu")
 
 def make(folder, attention=None, **changes):
     config = ModelConfig(
-        num_layers=2, num_heads=2, hidden_size=16, feed_forward_size=24, attention=attention or FavorConfig(num_features=8)
+        num_layers=2,
+        num_heads=2,
+        hidden_size=16,
+        feed_forward_size=24,
+        attention=attention or FavorConfig(num_features=8),
     )
     torch.manual_seed(2)
     model = ProteinLanguageModel(config, seed=5)
@@ -35,7 +39,9 @@ def make(folder, attention=None, **changes):
     return model.eval(), description
 
 
-@pytest.mark.parametrize("attention", [FavorConfig(num_features=8), GeneralizedConfig(), ExactConfig()], ids=lambda a: a.kind)
+@pytest.mark.parametrize(
+    "attention", [FavorConfig(num_features=8), GeneralizedConfig(), ExactConfig()], ids=lambda a: a.kind
+)
 def test_a_saved_model_comes_back_with_equal_weights_features_and_description(tmp_path, attention):
     model, description = make(tmp_path / "model", attention, packing="isolate")
     again, description_again = load_model(tmp_path / "model", CPU)
@@ -146,5 +152,5 @@ def test_tensors_are_read_without_unpickling_objects(tmp_path):
     save_tensors({"a": torch.ones(2)}, tmp_path / "good.pt")
     assert torch.equal(load_tensors(tmp_path / "good.pt")["a"], torch.ones(2))
     torch.save({"a": ModelConfig()}, tmp_path / "bad.pt")
-    with pytest.raises(InputError, match="not a readable .pt file"):
+    with pytest.raises(InputError, match=r"not a readable \.pt file"):
         load_tensors(tmp_path / "bad.pt")

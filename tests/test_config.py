@@ -113,5 +113,5 @@ def test_a_schedule_is_as_long_as_the_run_unless_it_says_so():
 
 
 def test_configurations_are_immutable_and_checked_however_they_are_made():
-    with pytest.raises(ConfigError, match="model.dropout"):
+    with pytest.raises(ConfigError, match=r"model\.dropout"):
         replace(ModelConfig(), dropout=1.0)

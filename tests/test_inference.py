@@ -4,33 +4,18 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from small_model import write_model
 
-from protformer.alphabet import EOS, FIRST_RESIDUE, NUM_TOKENS, STANDARD_RESIDUES, TOKENS
-from protformer.checkpoint import ModelDescription, save_model
+from protformer.alphabet import EOS, STANDARD_RESIDUES, TOKENS
 from protformer.cli import run
-from protformer.config import ExactConfig, FavorConfig, ModelConfig
+from protformer.config import ExactConfig, FavorConfig
 from protformer.corpus.fasta import read_fasta
 from protformer.errors import ConfigError, InputError
 from protformer.inference.contacts import predict_contacts
 from protformer.inference.embed import LengthLimit, LengthReport, embed, resolve_layer
 from protformer.inference.session import open_session
-from protformer.model.masked_lm_head import ProteinLanguageModel
 
 LENGTHS = [30, 7, 64, 1, 90, 30]
-
-
-def write_model(folder, attention, direction="bidirectional"):
-    torch.manual_seed(0)
-    config = ModelConfig(
-        num_layers=2, num_heads=2, hidden_size=16, feed_forward_size=24, attention=attention, direction=direction
-    )
-    model = ProteinLanguageModel(config, seed=0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    counts = [0] * FIRST_RESIDUE + [10] * 25 + [0] * (NUM_TOKENS - FIRST_RESIDUE - 25)
-    save_model(folder, model, ModelDescription(model=config, residue_counts=counts))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +95,8 @@ def test_a_long_protein_is_refused_cut_skipped_or_windowed_as_asked_and_counted(
     # 64 residues in windows of 40 from 0, 20 and 24: residue 10 is in the first only, residue 30 in all three.
     record = records[2]
     pieces = [
-        naive_states(session, type(record)(id="x", header="x", line=1, tokens=record.tokens[s : s + 40])) for s in (0, 20, 24)
+        naive_states(session, type(record)(id="x", header="x", line=1, tokens=record.tokens[s : s + 40]))
+        for s in (0, 20, 24)
     ]
     np.testing.assert_allclose(windowed[2].residue[10], pieces[0][10], rtol=1e-4, atol=1e-5)
     mean = (pieces[0][30] + pieces[1][10] + pieces[2][6]) / 3
@@ -201,7 +187,9 @@ def test_embed_writes_one_dataset_an_id_and_resumes_where_it_stopped(model, fast
     with h5py.File(out) as file:
         assert file["residue"]["p%2F2"].shape == (64, 16)
         assert file["protein"]["p%2F2"].shape == (16,)
-        np.testing.assert_allclose(file["residue"]["p%2F2"][()].mean(0), file["protein"]["p%2F2"][()], rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            file["residue"]["p%2F2"][()].mean(0), file["protein"]["p%2F2"][()], rtol=1e-3, atol=1e-5
+        )
     assert run(command) == 1
     assert "exists already" in capsys.readouterr().err
     assert run([*command, "--resume"]) == 0
@@ -211,7 +199,16 @@ def test_embed_writes_one_dataset_an_id_and_resumes_where_it_stopped(model, fast
 def test_predict_contacts_of_pairs_writes_the_block_between_the_chains(model, fasta, tmp_path, capsys):
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("p/0\tp/1\t1\n")
-    command = ["predict-contacts", "--model", str(model), "--fasta", str(fasta), "--out", str(tmp_path / "c"), "--quiet"]
+    command = [
+        "predict-contacts",
+        "--model",
+        str(model),
+        "--fasta",
+        str(fasta),
+        "--out",
+        str(tmp_path / "c"),
+        "--quiet",
+    ]
     assert run([*command, "--pairs", str(pairs), "--plot", "--format", "npz", "--format", "csv"]) == 0
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [f"p%2F0__p%2F1.{s}" for s in ("csv", "npz", "png")]
     with np.load(tmp_path / "c" / "p%2F0__p%2F1.npz") as arrays:

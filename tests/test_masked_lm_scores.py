@@ -76,7 +76,9 @@ def test_scores_equal_a_naive_count_over_all_asked_positions():
 def test_how_positions_are_batched_changes_nothing():
     model, batch = make_model(), make_batch(1)
     rows = [
-        MaskedBatch(inputs=batch.inputs[i : i + 1], targets=batch.targets[i : i + 1], segments=batch.segments[i : i + 1])
+        MaskedBatch(
+            inputs=batch.inputs[i : i + 1], targets=batch.targets[i : i + 1], segments=batch.segments[i : i + 1]
+        )
         for i in range(3)
     ]
     one, many = (evaluate_masked_lm(model, b, frequencies()) for b in ([batch], rows))
@@ -93,10 +95,11 @@ def test_without_an_asked_position_there_are_no_scores():
 
 @pytest.mark.parametrize(("scheme", "accuracy"), [("bert", 0.178), ("protein_lm", 0.198)])
 def test_the_copying_baseline_is_the_best_guess_of_who_ignores_context(scheme, accuracy):
-    """Under BERT's scheme copying alone gives about 18 % and a perplexity near 15: a fact about the masking, not a model.
+    """Under BERT's scheme copying alone gives about 18 % and a perplexity near 15: a fact about the masking, not a
+    model.
 
-    Real residue frequencies (those of the shipped sample, rounded) make the figures comparable. Of the selected positions
-    a tenth shows the right residue, and the most frequent residue is right at a tenth of the others.
+    Real residue frequencies (those of the shipped sample, rounded) make the figures comparable. Of the selected
+    positions a tenth shows the right residue, and the most frequent residue is right at a tenth of the others.
     """
     order = "LAGVSERTIDPKQNFYMHWC"
     percent = [9.6, 8.2, 6.9, 6.6, 7.5, 6.4, 5.6, 5.6, 5.7, 5.5, 4.9, 5.5, 3.9, 4.1, 3.9, 2.9, 2.3, 2.3, 1.2, 1.4]
@@ -120,7 +123,9 @@ def test_the_copying_baseline_is_the_best_guess_of_who_ignores_context(scheme, a
     shown = p[:, None] * (copying[0] * torch.eye(NUM_TOKENS) + copying[1] / 25 * residue_columns())
     expected = share_mask * p.max() + shown.amax(dim=0).sum()
     assert scores.baseline_accuracy == pytest.approx(float(expected), abs=0.007)
-    assert scores.baseline_perplexity < evaluate_masked_lm(make_model(), [batch], p.clamp(min=1e-12)).baseline_perplexity
+    assert (
+        scores.baseline_perplexity < evaluate_masked_lm(make_model(), [batch], p.clamp(min=1e-12)).baseline_perplexity
+    )
     if scheme == "bert":
         assert scores.baseline_accuracy == pytest.approx(accuracy, abs=0.01)
         assert scores.baseline_perplexity == pytest.approx(15, abs=0.5)

@@ -7,6 +7,7 @@ import torch
 
 from protformer.alphabet import EOS, FIRST_RESIDUE, LAST_RESIDUE, MASK, NUM_TOKENS, PAD
 from protformer.config import ExactConfig, FavorConfig, GeneralizedConfig, ModelConfig, load_run_config
+from protformer.model import encoder
 from protformer.model.masked_lm_head import ProteinLanguageModel
 from protformer.model.rotary import positions_in_segments, rotary_angles, rotate
 
@@ -133,3 +134,47 @@ def test_built_in_configurations_have_the_promised_number_of_parameters(name, mi
     assert matrices < found < 1.02 * matrices
     if millions is not None:
         assert abs(found / 1e6 - millions) < 0.05 * millions
+
+
+def test_a_model_that_starts_from_counts_predicts_their_frequencies_before_it_knows_anything():
+    model = make_model(ExactConfig())
+    counts = list(range(NUM_TOKENS))
+    model.start_from_counts(counts)
+    with torch.no_grad():
+        model.encoder.embedding.weight.zero_()
+        probabilities = model(protein(5, 1)[None], torch.ones(1, 6, dtype=torch.int64)).softmax(-1)[0, 0]
+    expected = (torch.tensor(counts) + 1.0) / (sum(counts) + NUM_TOKENS)
+    torch.testing.assert_close(probabilities, expected)
+
+
+def test_a_new_model_keeps_the_scale_of_what_it_gets_at_any_width():
+    for size in (64, 256):
+        torch.manual_seed(0)
+        config = ModelConfig(
+            num_layers=6, num_heads=4, hidden_size=size, feed_forward_size=4 * size, attention=ExactConfig()
+        )
+        model = ProteinLanguageModel(config, seed=0).eval()
+        row = protein(200, 1)[None]
+        one = torch.ones_like(row)
+        with torch.no_grad():
+            spread = model.encoder(row, one, num_layers=5).hidden.std()
+            logits = model(row, one)
+        assert 0.1 < spread < 3
+        assert 0.3 < logits.std() < 3
+
+
+@pytest.mark.parametrize("direction", ["bidirectional", "unidirectional"])
+def test_blocks_along_the_residues_change_nothing_without_autograd(monkeypatch, direction):
+    model = make_model(FavorConfig(num_features=16), direction)
+    row = torch.cat([protein(20, 1), protein(26, 2)]).expand(2, -1)
+    segments = torch.ones_like(row)
+    whole = model(row, segments)
+    blocks = []
+    monkeypatch.setattr(
+        encoder, "INFERENCE_BLOCK_TOKENS", 20
+    )  # 10 residues of each of the 2 rows; the last block has 8
+    norm = model.encoder.blocks[0].feed_forward_norm
+    norm.register_forward_hook(lambda module, arguments, output: blocks.append(output.shape[1]))
+    with torch.no_grad():
+        torch.testing.assert_close(model(row, segments), whole, rtol=1e-5, atol=1e-5)
+    assert blocks == [10, 10, 10, 10, 8]

@@ -24,7 +24,7 @@ def make_store(folder, lengths, seed=0):
     return TokenStore.open(folder / "store")
 
 
-@given(n=st.integers(1, 3000), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 1000))
+@given(n=st.integers(1, 300), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 1000))
 def test_the_order_of_an_epoch_is_a_permutation(n, seed, epoch):
     assert sorted(permute(i, n, seed=seed, epoch=epoch) for i in range(n)) == list(range(n))
 
@@ -37,12 +37,12 @@ def test_the_permutation_stays_in_range_at_any_size(n, data):
 
 def test_epochs_and_seeds_have_orders_of_their_own():
     orders = {
-        tuple(permute(i, 500, seed=seed, epoch=epoch) for i in range(500)) for seed in range(5) for epoch in range(5)
+        tuple(permute(i, 100, seed=seed, epoch=epoch) for i in range(100)) for seed in range(5) for epoch in range(5)
     }
     assert len(orders) == 25
-    # A shuffled order has about one fixed point; a hundred orders of 500 have far fewer than 5 each.
-    fixed = sum(order[i] == i for order in orders for i in range(500))
-    assert fixed < 5 * len(orders)
+    # A shuffled order has one fixed point on average, Poisson distributed: 25 of them have 75 with odds below 1e-14.
+    fixed = sum(order[i] == i for order in orders for i in range(100))
+    assert fixed < 75
 
 
 @given(st.lists(st.integers(1, 50), max_size=60))

@@ -53,7 +53,7 @@ def test_the_store_gives_back_every_protein_of_every_file_in_order(tmp_path_fact
     folder = tmp_path_factory.mktemp("stores")
     paths = [folder / f"{i}.fasta.gz" for i in range(len(texts))]
     for path, text in zip(paths, texts, strict=True):
-        path.write_bytes(gzip.compress(text.content))
+        path.write_bytes(gzip.compress(text.content, mtime=0))
     manifest = build_token_store(paths, folder / "store")
     store = TokenStore.open(folder / "store")
     assert [store.id(i) for i in range(len(store))] == [name for text in texts for name in text.ids]
@@ -128,7 +128,7 @@ def test_progress_adds_up_to_the_bytes_of_the_files(tmp_path, fasta):
     assert sum(steps) == 2 * len(FASTA)
 
 
-@pytest.mark.parametrize("content", [b">a\nMK\n>b\nM1\n", b"", gzip.compress(FASTA * 9)[:-5]])
+@pytest.mark.parametrize("content", [b">a\nMK\n>b\nM1\n", b"", gzip.compress(FASTA * 9, mtime=0)[:-5]])
 def test_a_bad_file_leaves_nothing_behind(tmp_path, content):
     (tmp_path / "bad.fasta").write_bytes(content)
     with pytest.raises(InputError):
@@ -243,7 +243,7 @@ def test_sources_are_known_again_until_they_change(tmp_path, fasta):
 
 
 def test_a_store_can_be_made_from_standard_input(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(gzip.compress(FASTA))))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(gzip.compress(FASTA, mtime=0))))
     build_token_store(["-"], tmp_path / "store")
     store = TokenStore.open(tmp_path / "store")
     assert len(store) == 3

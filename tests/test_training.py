@@ -167,6 +167,22 @@ def test_an_existing_run_is_refused_without_resume(fasta, undisturbed, capsys):
     assert "exists already; choose another --out, or add --resume" in fails_with(capsys, arguments(fasta, undisturbed))
 
 
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_a_run_killed_while_its_store_was_built_begins_anew(fasta, undisturbed, tmp_path, resume):
+    out = tmp_path / "run"
+    (out / ".store.123.tmp").mkdir(parents=True)
+    (out / ".store.123.tmp" / "tokens.bin").write_bytes(b"half")
+    assert run([*arguments(fasta, out), *resume]) == 0
+    assert_same_run(undisturbed, out)
+
+
+def test_a_folder_with_other_things_in_it_is_not_touched(fasta, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("all of it")
+    assert "exists already" in fails_with(capsys, arguments(fasta, tmp_path))
+    assert "no run to resume here" in fails_with(capsys, [*arguments(fasta, tmp_path), "--resume"])
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_a_resume_needs_a_run(fasta, tmp_path, capsys):
     assert "no run to resume here" in fails_with(capsys, [*arguments(fasta, tmp_path / "none"), "--resume"])
 
@@ -179,7 +195,9 @@ def test_a_resume_with_another_configuration_names_what_changed(fasta, undisturb
 def test_a_resume_with_other_data_is_refused(fasta, undisturbed, tmp_path, capsys):
     other = tmp_path / "other.fa"
     other.write_text(">x\nMKV\n")
-    assert "a run goes on with the data it began with" in fails_with(capsys, [*arguments(other, undisturbed), "--resume"])
+    assert "a run goes on with the data it began with" in fails_with(
+        capsys, [*arguments(other, undisturbed), "--resume"]
+    )
 
 
 def test_bad_input_leaves_no_run_folder_behind(tmp_path, capsys):

@@ -1,7 +1,7 @@
 """The `protformer` command: one file a command, each loaded only when it is called.
 
-In: `sys.argv`. Out: the exit code. This is where exceptions become one line on stderr: 1 for a user's error, 2 for usage, 130
-for an interruption. PROTFORMER_DEBUG=1 shows the traceback.
+In: `sys.argv`. Out: the exit code. This is where exceptions become one line on stderr: 1 for a user's error, 2 for
+usage, 130 for an interruption. PROTFORMER_DEBUG=1 shows the traceback.
 """
 
 import importlib
@@ -21,6 +21,7 @@ COMMANDS = {
     "predict-contacts": "predict_contacts",
     "evaluate": "evaluate",
     "describe": "describe",
+    "benchmark": "benchmark",
 }
 """Command -> module in this package, in the order of the help page."""
 

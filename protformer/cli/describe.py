@@ -21,4 +21,10 @@ def command(path: Path, as_json: bool) -> None:
         click.echo(json.dumps(facts))
         return
     for name, value in facts.items():
-        click.echo(f"{name:24} {f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else value}")
+        click.echo(f"{name:26} {_as_text(value)}")
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items())
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

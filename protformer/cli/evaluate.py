@@ -49,8 +49,8 @@ def masked_lm(
 ) -> None:
     """Perplexity and accuracy at masked residues, beside residue frequencies alone.
 
-    Proteins are whole and by themselves; which residues are masked depends on the protein only, so figures of different models
-    compare. A unidirectional model is asked for every residue, from those before it.
+    Proteins are whole and by themselves; which residues are masked depends on the protein only, so figures of
+    different models compare. A unidirectional model is asked for every residue, from those before it.
     """
     from protformer.cli.progress import byte_progress
     from protformer.corpus.fasta import FastaReport, read_fasta

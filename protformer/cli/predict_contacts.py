@@ -24,6 +24,7 @@ from protformer.cli.options import (
 @click.option(
     "--pairs", type=FilePath, metavar="TSV", help="Lines `a b [label]` of ids: concatenate these two, and map both."
 )
+@click.option("--ids", "ids", multiple=True, metavar="ID", help="Only this protein; may be given several times.")
 @click.option(
     "--method",
     type=click.Choice(["attention", "jacobian"]),
@@ -51,6 +52,7 @@ def command(
     fasta: str,
     out: Path,
     pairs: Path | None,
+    ids: tuple[str, ...],
     method: Literal["attention", "jacobian"],
     formats: tuple[Literal["npz", "rr", "csv"], ...],
     plot: bool,
@@ -71,13 +73,16 @@ def command(
     from protformer.cli.progress import count_progress
     from protformer.corpus.fasta import FastaReport, read_fasta
     from protformer.inference.contact_writers import contact_paths, write_contacts
-    from protformer.inference.contacts import chains_of_pairs, predict_contacts
+    from protformer.inference.contacts import chains_of_pairs, only_named, predict_contacts
     from protformer.inference.session import open_session
 
     session = open_session(model_path, device=device, precision=precision)
     report = FastaReport()
     records = read_fasta(fasta, on_duplicate=on_duplicate, report=report)
-    tasks = ((record,) for record in records) if pairs is None else chains_of_pairs(pairs, records)
+    if pairs is not None and ids:
+        raise click.UsageError("--pairs and --ids exclude each other: pairs name their proteins")
+    chosen_records = only_named(ids, records) if ids else records
+    tasks = ((record,) for record in chosen_records) if pairs is None else chains_of_pairs(pairs, records)
     out.mkdir(parents=True, exist_ok=True)
     chosen = tuple(dict.fromkeys(formats))
     written = 0

@@ -14,8 +14,8 @@ from protformer.cli.options import FilePath, fasta_option, quiet_option
 def command(fasta: tuple[str, ...], out: Path, quiet: bool) -> None:
     """Turn FASTA into a token store.
 
-    `train` does this by itself; prepare once to train several times on a large file: `train --fasta STORE`. Duplicate ids are
-    allowed, ids are kept.
+    `train` does this by itself; prepare once to train several times on a large file: `train --fasta STORE`. Duplicate
+    ids are allowed, ids are kept.
     """
     from protformer.cli.progress import byte_progress
     from protformer.corpus.token_store import build_token_store

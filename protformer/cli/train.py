@@ -46,8 +46,9 @@ def command(
 ) -> None:
     """Train a language model on proteins.
 
-    Several --fasta are read one after the other. Ctrl-C and SIGTERM save and leave; the same command with --resume goes on as if
-    never stopped. The run folder holds config.yaml, metrics.csv, curves.png, checkpoints/last.ckpt and model/.
+    Several --fasta are read one after the other. Ctrl-C and SIGTERM save and leave; the same command with --resume
+    goes on as if never stopped. The run folder holds config.yaml, metrics.csv, curves.png, checkpoints/last.ckpt and
+    model/.
 
     \b
     Example:
@@ -74,4 +75,5 @@ def command(
         ),
         StderrConsole(quiet=quiet),
     )
-    click.echo(summary)
+    if summary:
+        click.echo(summary)

@@ -1,8 +1,8 @@
 """Proteins to padded rows for scoring a language model: each protein alone, whole, with a mask that is its own.
 
-In: proteins as token arrays. Out: `MaskedRow`s whose arrays are (batch, residue). A protein's mask depends on its residues only:
-not on its neighbours, the batch, or the order of the file. So the same file gives the same figure in `train` and in
-`evaluate`, whatever the memory budget.
+In: proteins as token arrays. Out: `MaskedRow`s whose arrays are (batch, residue). A protein's mask depends on its
+residues only: not on its neighbours, the batch, or the order of the file. So the same file gives the same figure in
+`train` and in `evaluate`, whatever the memory budget.
 """
 
 import zlib
@@ -29,8 +29,9 @@ def evaluation_rows(
 ) -> Iterator[MaskedRow]:
     """Batches of at most `max_tokens` tokens with padding counted; a longer protein is a batch of its own.
 
-    Proteins are sorted by length within chunks of the input, so that little is padded. Selected positions all show MASK, unless `training_masking` asks for the scheme used in training. A unidirectional model
-    is asked for every residue (not for EOS, which the unigram baseline does not have).
+    Proteins are sorted by length within chunks of the input, so that little is padded. Selected positions all show
+    MASK, unless `training_masking` asks for the scheme used in training. A unidirectional model is asked for every
+    residue (not for EOS, which the unigram baseline does not have).
     """
     for chunk in _chunks(proteins):
         batch: list[MaskedRow] = []

@@ -3,8 +3,8 @@
 In: a `PackedRow` and a generator that belongs to that row alone. Out: a `MaskedRow`. Three tasks:
 
 - `mask_row`: masked language modelling for training (Devlin et al. 2019, section 3.1).
-- `mask_row_for_evaluation`: every selected position shows MASK. Under 80/10/10 a model that copies visible residues already
-  reaches 18 % accuracy, which says nothing about what it learned.
+- `mask_row_for_evaluation`: every selected position shows MASK. Under 80/10/10 a model that copies visible residues
+  already reaches 18 % accuracy, which says nothing about what it learned.
 - `shift_row`: next-residue prediction; inputs are the targets moved one to the right, behind a `<cls>` for each protein
   or window (the released protein_lm code puts its BOS there).
 
@@ -24,7 +24,7 @@ IGNORE = -100
 """Target of a position that is not asked for; torch's cross_entropy skips this number by default."""
 
 SHARES = {"bert": (0.8, 0.1), "protein_lm": (0.1, 0.8)}
-"""Of the selected positions: the share that shows MASK, and the share that shows a random residue; the rest is unchanged."""
+"""Of the selected positions: the shares that show MASK and a random residue; the rest is unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +68,8 @@ def mask_row_for_evaluation(row: PackedRow, rate: float, generator: np.random.Ge
 def shift_row(row: PackedRow) -> MaskedRow:
     """Ask every position for its own token, shown those before it in its segment.
 
-    Tokens A B <eos> C D <eos> in segments 1 1 1 2 2 2 become inputs <cls> A B <cls> C D with targets A B <eos> C D <eos>.
+    Tokens A B <eos> C D <eos> in segments 1 1 1 2 2 2 become inputs <cls> A B <cls> C D with targets A B <eos> C D
+    <eos>.
     """
     inputs = np.empty_like(row.tokens)
     inputs[0], inputs[1:] = CLS, row.tokens[:-1]

@@ -3,10 +3,12 @@
 In: a `TokenStore`, in which every protein ends with EOS. Out: `PackedRow`s, an endless stream of them, each with the
 `SamplerPosition` behind it, so that a run resumes with the very next row.
 
-- `attend` (the paper's concatenation task, Choromanski et al. 2021, section 4.5): the store is one chain of proteins, cut into
-  windows of `max_residues` tokens. A protein may straddle two windows; all tokens of a window see each other. O(1) memory.
-- `isolate`: whole proteins, best-fit decreasing into rows, within pools of `POOL_SIZE` proteins of the epoch's permutation;
-  each protein is a segment of its own. A protein that is longer than a row gives a random crop of it, another one each epoch.
+- `attend` (the paper's concatenation task, Choromanski et al. 2021, section 4.5): the store is one chain of proteins,
+  cut into windows of `max_residues` tokens. A protein may straddle two windows; all tokens of a window see each
+  other. O(1) memory.
+- `isolate`: whole proteins, best-fit decreasing into rows, within pools of `POOL_SIZE` proteins of the epoch's
+  permutation; each protein is a segment of its own. A protein that is longer than a row gives a random crop of it,
+  another one each epoch.
 """
 
 from abc import ABC, abstractmethod
@@ -78,8 +80,9 @@ def endless_rows(
 ) -> Iterator[tuple[PackedRow, np.random.Generator, SamplerPosition]]:
     """Rows epoch after epoch from `start` on, each with a generator of its own and the position behind it.
 
-    Rank r of w takes the units r, r + w, r + 2 w, ... of each epoch's permutation. The generator depends on the seed, the epoch
-    and the row's place in it, never on batch size or number of workers. An epoch with fewer units than ranks repeats some.
+    Rank r of w takes the units r, r + w, r + 2 w, ... of each epoch's permutation. The generator depends on the seed,
+    the epoch and the row's place in it, never on batch size or number of workers. An epoch with fewer units than
+    ranks repeats some.
     """
     units_per_rank = max(1, packing.num_units // num_ranks)
     position = start

@@ -1,8 +1,8 @@
 """A keyed permutation of 0..n-1, computed point by point: no list of n numbers anywhere.
 
-In: n, seed, epoch. Out: the place that index i is sent to. A balanced Feistel network over the next even number of bits is
-a bijection for any round function; values that fall at n or above are sent through again until they fall below
-("cycle walking", Black and Rogaway 2002), fewer than 4 rounds on average. Time O(1) an index, memory O(1).
+In: n, seed, epoch. Out: the place that index i is sent to. A balanced Feistel network over the next even number of
+bits is a bijection for any round function; values that fall at n or above are sent through again until they fall
+below ("cycle walking", Black and Rogaway 2002), fewer than 4 rounds on average. Time O(1) an index, memory O(1).
 """
 
 ROUNDS = 4

@@ -1,8 +1,8 @@
 """Training and held-out proteins, told apart by a hash of the sequence while the FASTA is read.
 
-In: FASTA files and a fraction. Out: two token stores. Identical sequences always fall on the same side, in any file and any order.
-Homologous proteins do not: this split does not measure generalisation to new families. For that, give a validation file that
-was chosen by clustering (`train --val-fasta`).
+In: FASTA files and a fraction. Out: two token stores. Identical sequences always fall on the same side, in any file
+and any order. Homologous proteins do not: this split does not measure generalisation to new families. For that, give
+a validation file that was chosen by clustering (`train --val-fasta`).
 """
 
 import zlib

@@ -6,6 +6,7 @@ imported only when a figure is drawn. Files are written under a temporary name a
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +18,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_DPI = 200
+_DPI = 240
 _MAX_PIXELS = 1000
-_MAX_NAME_LETTERS = 28
+"""A map is a little wider than this at `_DPI`; were it narrower, some rows would not be drawn at all."""
+_MAX_TITLE_LETTERS = 44
+_MAX_NAME_LETTERS = 20
 _NUM_TICKS = 6
-_INK = "0.25"
+_TICK_ROOM = 0.05
+"""Of the width of a map: nearer to each other, two numbers would overlap."""
+INK = "0.25"
 _TRAIN, _VALIDATION = "#7f8c9b", "#1f5fa8"
 
 
@@ -40,7 +45,7 @@ def plot_contact_map(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, 5.0), layout="constrained")
+    figure = Figure(figsize=(5.8, 5.0), layout="compressed")
     axes = figure.add_subplot()
     image = axes.imshow(
         _max_pool(contacts, math.ceil(len(contacts) / _MAX_PIXELS)),
@@ -52,12 +57,13 @@ def plot_contact_map(
         extent=(0.5, len(contacts) + 0.5, len(contacts) + 0.5, 0.5),
     )
     _mark_chains(axes, chain_lengths, chain_ids)
-    axes.set_title(_shortened(title), fontsize=10, color=_INK)
-    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
-    bar.set_label("Contact score", color=_INK)
-    bar.ax.tick_params(labelsize=8, colors=_INK)
-    bar.outline.set_edgecolor(_INK)
-    _save(figure, path)
+    # Ids are no mathematics, whatever `$` they hold.
+    axes.set_title(_shortened(title, _MAX_TITLE_LETTERS), fontsize=10, color=INK, parse_math=False)
+    bar = figure.colorbar(image, cax=axes.inset_axes((1.03, 0.0, 0.046, 1.0)))
+    bar.set_label("Contact score", color=INK)
+    bar.ax.tick_params(labelsize=8, colors=INK)
+    bar.outline.set_edgecolor(INK)
+    save_figure(figure, path)
 
 
 def plot_training_curves(
@@ -75,55 +81,61 @@ def plot_training_curves(
     """Loss in nats, validation perplexity and validation accuracy in [0, 1] against the optimizer step.
 
     The dashed line is what predicting by residue frequencies alone would reach: a model above it has learnt
-    nothing of the sequence. Without validation there is neither.
+    nothing of the sequence. Without validation the training loss stands alone.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 3.2), layout="constrained")
-    loss, perplexity, accuracy = figure.subplots(1, 3)
-    _draw_curve(loss, train_steps, train_loss, _TRAIN, "training")
-    _draw_curve(loss, val_steps, val_loss, _VALIDATION, "validation")
-    _draw_curve(perplexity, val_steps, val_perplexity, _VALIDATION, "validation")
-    _draw_curve(accuracy, val_steps, val_accuracy, _VALIDATION, "validation")
     unigram_loss = None if unigram_perplexity is None else math.log(unigram_perplexity)
-    baselines = (unigram_loss, unigram_perplexity, unigram_accuracy)
-    names = ("Loss (nats per masked residue)", "Masked perplexity", "Masked accuracy")
-    for axes, baseline, name in zip((loss, perplexity, accuracy), baselines, names, strict=True):
+    panels = (
+        ("Loss (nats per masked residue)", val_loss, unigram_loss),
+        ("Masked perplexity", val_perplexity, unigram_perplexity),
+        ("Masked accuracy", val_accuracy, unigram_accuracy),
+    )[: 3 if len(val_steps) else 1]
+    figure = Figure(figsize=(3.5 * max(len(panels), 1.5), 3.2), layout="constrained")
+    row = figure.subplots(1, len(panels), sharex=True, squeeze=False)[0]
+    _draw_curve(row[0], train_steps, train_loss, _TRAIN, "training")
+    for axes, (name, values, baseline) in zip(row, panels, strict=True):
+        _draw_curve(axes, val_steps, values, _VALIDATION, "validation")
         if baseline is not None:
-            axes.axhline(baseline, color=_INK, linestyle="--", linewidth=1.0, label="unigram baseline")
-        axes.set_xlabel("Optimizer step", color=_INK)
-        axes.set_title(name, fontsize=10, color=_INK, loc="left")
-        _plain_frame(axes)
+            axes.axhline(baseline, color=INK, linestyle="--", linewidth=1.0, label="unigram baseline")
+        axes.set_xlabel("Optimizer step", color=INK)
+        axes.set_title(name, fontsize=10, color=INK, loc="left")
+        plain_frame(axes)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
-    _save(figure, path)
+            axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    save_figure(figure, path)
 
 
 def _mark_chains(axes: "Axes", chain_lengths: Sequence[int], chain_ids: Sequence[str]) -> None:
     """Residue numbers that start anew in each chain, lines between chains, names where there are several."""
     ticks, labels, start = [], [], 0
+    total = sum(chain_lengths)
     num_ticks = max(2, _NUM_TICKS // len(chain_lengths))
     for length in chain_lengths:
-        numbers = _tick_numbers(length, num_ticks)
+        room_at_end = 0.0 if start + length == total else _TICK_ROOM * total
+        numbers = [
+            number
+            for number in _tick_numbers(length, num_ticks)
+            if number == 1 or 1 + _TICK_ROOM * total < number <= length - room_at_end
+        ]
         ticks += [start + number for number in numbers]
         labels += [str(number) for number in numbers]
         start += length
-        if start < sum(chain_lengths):
-            axes.axhline(start + 0.5, color=_INK, linewidth=0.8)
-            axes.axvline(start + 0.5, color=_INK, linewidth=0.8)
+        if start < total:
+            axes.axhline(start + 0.5, color=INK, linewidth=0.8)
+            axes.axvline(start + 0.5, color=INK, linewidth=0.8)
     axes.set_xticks(ticks, labels)
     axes.set_yticks(ticks, labels)
-    several = len(chain_lengths) > 1
-    name = "Residue (" + ", ".join(_shortened(chain_id) for chain_id in chain_ids) + ")" if several else "Residue"
-    axes.set_xlabel(name, color=_INK)
-    axes.set_ylabel(name, color=_INK)
-    axes.tick_params(labelsize=8, colors=_INK)
+    names = ", ".join(_shortened(chain_id, _MAX_NAME_LETTERS) for chain_id in chain_ids)
+    axes.set_xlabel(f"Residue ({names})" if len(chain_ids) > 1 else "Residue", color=INK, parse_math=False)
+    axes.set_ylabel("Residue", color=INK)
+    axes.tick_params(labelsize=8, colors=INK)
     for spine in axes.spines.values():
-        spine.set_edgecolor(_INK)
+        spine.set_edgecolor(INK)
 
 
 def _tick_numbers(length: int, num_ticks: int) -> list[int]:
-    """1 and the multiples of a round step; none so near to the end that it meets the 1 of a next chain."""
+    """1 and the multiples of a round step."""
     wanted = length / num_ticks
     magnitude = 10 ** math.floor(math.log10(max(wanted, 1)))
     step = next(magnitude * factor for factor in (1, 2, 5, 10) if magnitude * factor >= wanted)
@@ -139,29 +151,36 @@ def _max_pool(contacts: np.ndarray, block: int) -> np.ndarray:
 
 
 def _draw_curve(axes: "Axes", steps: Sequence[float], values: Sequence[float], color: str, label: str) -> None:
+    if not len(steps):
+        return
     # A single point makes no line; few points should be seen as such.
     marker = "o" if len(steps) <= 30 else ""
     axes.plot(steps, values, color=color, linewidth=1.4, marker=marker, markersize=3, label=label)
 
 
-def _plain_frame(axes: "Axes") -> None:
+def plain_frame(axes: "Axes") -> None:
+    """Two axes in grey, horizontal lines behind the data: the frame of every figure of ours."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_edgecolor(_INK)
-    axes.tick_params(labelsize=8, colors=_INK)
+        axes.spines[side].set_edgecolor(INK)
+    axes.tick_params(labelsize=8, colors=INK)
     axes.grid(axis="y", color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= _MAX_NAME_LETTERS else name[: _MAX_NAME_LETTERS - 3] + "..."
+def _shortened(name: str, max_letters: int) -> str:
+    return name if len(name) <= max_letters else name[: max_letters - 3] + "..."
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write PNG whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     partial = path.with_name(path.name + ".partial")
     FigureCanvasAgg(figure)
-    figure.savefig(partial, format="png", dpi=_DPI)
+    with warnings.catch_warnings():
+        # Letters of an id that the font lacks are drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(partial, format="png", dpi=_DPI)
     os.replace(partial, path)

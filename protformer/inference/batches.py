@@ -1,8 +1,9 @@
 """Proteins from FASTA to padded batches of tensors under a budget of tokens, and back into the order of the input.
 
-In: `SequenceRecord`s. Out: `InferenceBatch`es. Records are read in chunks of a bounded number of residues, sorted by length within
-the chunk, and cut into batches of at most `max_tokens` tokens with padding counted; a longer protein makes a batch of its own.
-Padding and neighbours change nothing, so neither does the budget. Memory is bounded by the chunk and the longest protein.
+In: `SequenceRecord`s. Out: `InferenceBatch`es. Records are read in chunks of a bounded number of residues, sorted by
+length within the chunk, and cut into batches of at most `max_tokens` tokens with padding counted; a longer protein
+makes a batch of its own. Padding and neighbours change nothing, so neither does the budget. Memory is bounded by the
+chunk and the longest protein.
 """
 
 from collections.abc import Iterable, Iterator

@@ -12,7 +12,7 @@ import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,25 +35,34 @@ def write_contacts(
 
     npz: `contacts` (residue, residue) float32, `sequence`, `chain_lengths`, `chain_ids`; for two chains also
     `inter_chain` (residue_a, residue_b). rr: CASP RR, all pairs by descending score. csv: all pairs by
-    position. Raises OutputError where a file exists already.
+    position. Raises OutputError where a file exists already, or the disk is full.
     """
     paths = contact_paths(contact_map.chain_ids, folder, formats, plot)
     for path in paths:
-        if path.exists():
-            raise OutputError(f"{path}: exists already; choose another --out, or delete it")
-    for path in paths:
         partial = path.with_name(path.name + ".partial")
-        _WRITERS[path.suffix](contact_map, partial)
-        os.replace(partial, path)
+        try:
+            _WRITERS[path.name.rpartition(".")[2]](contact_map, partial)
+            os.replace(partial, path)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot write the file: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
     return paths
 
 
 def contact_paths(
     chain_ids: Sequence[str], folder: Path, formats: Sequence[ContactFormat], plot: bool = False
 ) -> list[Path]:
-    """Where `write_contacts` writes the map of these chains; for refusing them before computing."""
+    """Where `write_contacts` puts the map of these chains.
+
+    Raises OutputError where a file exists already, so that a run can ask before it computes the map.
+    """
     stem = file_stem(chain_ids)
-    return [folder / f"{stem}.{name}" for name in (*formats, *(("png",) if plot else ()))]
+    paths = [folder / f"{stem}.{name}" for name in (*formats, *(("png",) if plot else ()))]
+    for path in paths:
+        if path.exists():
+            raise OutputError(f"{path}: exists already; choose another --out, or delete it")
+    return paths
 
 
 def file_stem(chain_ids: Sequence[str]) -> str:
@@ -82,7 +91,7 @@ def _percent_encode(match: re.Match[str]) -> str:
 
 
 def _write_npz(contact_map: ContactMap, path: Path) -> None:
-    arrays: dict[str, np.ndarray] = {
+    arrays: dict[str, Any] = {
         "contacts": contact_map.contacts,
         "sequence": np.array(contact_map.sequence),
         "chain_lengths": np.array(contact_map.chain_lengths, dtype=np.int64),
@@ -91,9 +100,10 @@ def _write_npz(contact_map: ContactMap, path: Path) -> None:
     if len(contact_map.chain_lengths) == 2:
         border = contact_map.chain_lengths[0]
         arrays["inter_chain"] = contact_map.contacts[:border, border:]
-    # Through an open file, since NumPy would add `.npz` to a path.
+    # Through an open file, since NumPy would add `.npz` to a path. Without `allow_pickle`, which NumPy before 2.1
+    # does not know and would store as one more array.
     with path.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+        np.savez_compressed(file, **arrays)
 
 
 def _write_rr(contact_map: ContactMap, path: Path) -> None:
@@ -139,10 +149,10 @@ def _write_png(contact_map: ContactMap, path: Path) -> None:
 
 
 _WRITERS: dict[str, Callable[[ContactMap, Path], None]] = {
-    ".npz": _write_npz,
-    ".rr": _write_rr,
-    ".csv": _write_csv,
-    ".png": _write_png,
+    "npz": _write_npz,
+    "rr": _write_rr,
+    "csv": _write_csv,
+    "png": _write_png,
 }
 
 

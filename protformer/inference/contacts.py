@@ -2,9 +2,10 @@
 
 In: a model and one or two `SequenceRecord`s. Out: a `ContactMap`. Two methods:
 
-- `attention`: attention matrices of every layer and head, symmetrised, APC-corrected and averaged. O(residue ** 2) memory.
-- `jacobian`: the categorical Jacobian (Zhang et al. 2024): how the logits at every residue move when a residue is exchanged for
-  each of the 20 amino acids. residue x 20 forward passes; needs no attention matrix.
+- `attention`: attention matrices of every layer and head, symmetrised, APC-corrected and averaged. O(residue ** 2)
+  memory.
+- `jacobian`: the categorical Jacobian (Zhang et al. 2024): how the logits at every residue move when a residue is
+  exchanged for each of the 20 amino acids. residue x 20 forward passes; needs no attention matrix.
 
 Two proteins are concatenated as in training, each closed by EOS, in one segment.
 """
@@ -22,6 +23,7 @@ from protformer.alphabet import CLS, EOS, RESIDUE_TO_TOKEN, STANDARD_RESIDUES
 from protformer.config import Direction
 from protformer.corpus.fasta import SequenceRecord
 from protformer.corpus.pairs import read_pairs, resolve_pairs
+from protformer.errors import InputError
 from protformer.inference.contact_scores import ContactMap, contacts_from_attention, contacts_from_jacobian, unit_scale
 from protformer.inference.session import InferenceSession
 from protformer.model.masked_lm_head import ProteinLanguageModel
@@ -53,13 +55,24 @@ def predict_contacts(
     )
 
 
+def only_named(ids: tuple[str, ...], records: Iterable[SequenceRecord]) -> Iterator[SequenceRecord]:
+    """The records with these ids, in the order of the file. Raises InputError for an id that is not there."""
+    missing = set(ids)
+    for record in records:
+        if record.id in missing:
+            missing.remove(record.id)
+            yield record
+    if missing:
+        raise InputError(f"--ids {min(missing)!r}: no such record in the FASTA")
+
+
 def chains_of_pairs(pairs: Path, records: Iterable[SequenceRecord]) -> Iterator[tuple[SequenceRecord, SequenceRecord]]:
-    """The two proteins of each line of a pairs file; all names are looked up before the first pair is given."""
+    """The two proteins of each pair of the file, once each; all names are looked up before the first pair is given."""
     listed = read_pairs(pairs)
     wanted = {name for pair in listed for name in (pair.a, pair.b)}
     found = {record.id: record for record in records if record.id in wanted}
     resolve_pairs(listed, found.keys(), pairs)
-    return ((found[pair.a], found[pair.b]) for pair in listed)
+    return ((found[a], found[b]) for a, b in dict.fromkeys((pair.a, pair.b) for pair in listed))
 
 
 def _frame(

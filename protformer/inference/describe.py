@@ -104,19 +104,27 @@ def _describe_h5(path: Path) -> Facts:
 def _describe_npy(path: Path) -> Facts:
     try:
         matrix = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError) as error:
+    except (ValueError, EOFError, OSError) as error:
         raise InputError(f"{path}: not a readable .npy file ({error})") from error
     return {"rows": matrix.shape[0], "features": matrix.shape[-1], "dtype": str(matrix.dtype)}
 
 
 def _describe_parquet(path: Path) -> Facts:
-    import pyarrow.parquet
-
-    metadata = pyarrow.parquet.read_metadata(path)
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"{path}: reading Parquet needs pyarrow: pip install 'protformer[parquet]'") from error
+    try:
+        metadata = pyarrow.parquet.read_metadata(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({error})") from error
     own = {
         key.decode(): value.decode() for key, value in (metadata.metadata or {}).items() if not key.startswith(b"ARROW")
     }
-    return {"proteins": metadata.num_rows} | own
+    facts: Facts = {"proteins": metadata.num_rows}
+    for name, value in own.items():
+        facts |= json.loads(value) if value.startswith("{") else {name: value}
+    return facts
 
 
 def _describe_pt(path: Path) -> Facts:
@@ -127,12 +135,13 @@ def _describe_pt(path: Path) -> Facts:
 
 
 def _plain(value: object) -> object:
+    """Values of HDF5 attributes as JSON has them."""
     if isinstance(value, bytes):
         value = value.decode()
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, str) and value.startswith("{"):
-        return ", ".join(f"{name} {item}" for name, item in json.loads(value).items())
+        return json.loads(value)
     return value
 
 

@@ -1,7 +1,8 @@
 """Embeddings of whole proteins, however long.
 
-In: a model and `SequenceRecord`s. Out: `EmbeddingRecord`s in the order of the input. The mean is over residues only: `<cls>`,
-EOS and padding do not count. Time and memory are linear in the length for linear attention; nothing is cut unless asked for.
+In: a model and `SequenceRecord`s. Out: `EmbeddingRecord`s in the order of the input. The mean is over residues only:
+`<cls>`, EOS and padding do not count. Time and memory are linear in the length for linear attention; nothing is cut
+unless asked for.
 """
 
 from collections.abc import Iterable, Iterator
@@ -50,7 +51,8 @@ def resolve_layer(layer: int, num_layers: int) -> int:
     """Blocks to run for `--layer`: 0 is the token embedding, num_layers or -1 the last layer."""
     if not -num_layers - 1 <= layer <= num_layers:
         raise ConfigError(
-            f"--layer {layer}: this model has layers 0 (token embedding) to {num_layers}, or -1 (last) to {-num_layers - 1}"
+            f"--layer {layer}: this model has layers 0 (token embedding) to {num_layers},"
+            f" or -1 (last) to {-num_layers - 1}"
         )
     return layer if layer >= 0 else num_layers + 1 + layer
 
@@ -65,7 +67,7 @@ def embed(
     report: LengthReport,
     batch_tokens: int,
 ) -> Iterator[EmbeddingRecord]:
-    """Embed each protein; `layer` counts blocks (see `resolve_layer`). Raises InputError for a long one under `error`."""
+    """Embed each protein; `layer` counts blocks (see `resolve_layer`). InputError for a long one under `error`."""
     for chunk in chunked(_within_limit(records, limit, report)):
         hidden: dict[int, Tensor] = {}
         pieces, owner = _windows(chunk, limit)

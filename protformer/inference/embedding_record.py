@@ -74,6 +74,7 @@ class EmbeddingWriter(ABC):
             self._finish()
             os.replace(self._partial, self._path)
         except OSError as error:
+            self._abandon()
             raise OutputError(f"{self._path}: cannot finish the file: {error}") from error
 
     def __enter__(self) -> "EmbeddingWriter":
@@ -97,7 +98,10 @@ class EmbeddingWriter(ABC):
 
     @abstractmethod
     def _abandon(self) -> None:
-        """Close the partial file after an exception; keep it only where a later run can go on with it."""
+        """Close the partial file after an exception; keep it only where a later run can go on with it.
+
+        The disk may be full, and `_finish` may have done a part of its work.
+        """
 
     def _described(self) -> dict[str, object]:
         """What a reader must know of the whole file."""

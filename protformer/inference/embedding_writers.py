@@ -5,6 +5,7 @@ gathered in memory, and only h5 can be resumed. How to read each format is said 
 `hdf5_embeddings`.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -38,7 +39,7 @@ SUFFIXES = (".h5", ".npy", ".parquet", ".pt")
 Save = Callable[[object, Path], None]
 
 _NPY_HEADER_BYTES = 128
-_PARQUET_ROW_GROUP_BYTES = 64 * 2**20
+_PARQUET_ROW_GROUP_BYTES = 16 * 2**20
 
 
 def open_embedding_writer(
@@ -127,10 +128,11 @@ class NpyEmbeddingWriter(EmbeddingWriter):
         os.replace(partial_path(self._table_path), self._table_path)
 
     def _abandon(self) -> None:
-        self._matrix.close()
-        self._table_file.close()
-        self._partial.unlink()
-        partial_path(self._table_path).unlink()
+        for file in (self._matrix, self._table_file):
+            with contextlib.suppress(OSError):
+                file.close()
+        for path in (self._path, self._table_path, self._description_path):
+            partial_path(path).unlink(missing_ok=True)
 
 
 class ParquetEmbeddingWriter(EmbeddingWriter):
@@ -146,7 +148,7 @@ class ParquetEmbeddingWriter(EmbeddingWriter):
             import pyarrow
             import pyarrow.parquet
         except ImportError as error:
-            raise OutputError(f"{path}: parquet needs pyarrow; run: pip install protformer[parquet]") from error
+            raise OutputError(f"{path}: parquet needs pyarrow; run: pip install 'protformer[parquet]'") from error
         self._pyarrow: Any = pyarrow
         self._writer: Any = None
         self._rows: list[dict[str, Any]] = []
@@ -175,8 +177,9 @@ class ParquetEmbeddingWriter(EmbeddingWriter):
 
     def _abandon(self) -> None:
         if self._writer is not None:
-            self._writer.close()
-            self._partial.unlink()
+            with contextlib.suppress(OSError):
+                self._writer.close()
+        self._partial.unlink(missing_ok=True)
 
     def _flush(self) -> None:
         rows, self._rows, self._row_bytes = self._rows, [], 0
@@ -238,10 +241,14 @@ class TorchEmbeddingWriter(EmbeddingWriter):
             entries.append(getattr(record, column))
 
     def _finish(self) -> None:
-        self._save({**self._described(), "index": self._index, "embeddings": self._embeddings}, self._partial)
+        try:
+            self._save({**self._described(), "index": self._index, "embeddings": self._embeddings}, self._partial)
+        except RuntimeError as error:
+            # This is how torch says that the disk is full.
+            raise OSError(f"torch could not save it: {error}") from error
 
     def _abandon(self) -> None:
-        """Nothing is on disk before the end."""
+        self._partial.unlink(missing_ok=True)
 
 
 def _npy_sidecars(path: Path) -> tuple[Path, Path]:

@@ -29,7 +29,7 @@ from protformer.inference.embedding_record import (
     Per,
     partial_path,
 )
-from protformer.inference.journaled_file import JournaledFile, roll_back
+from protformer.inference.journaled_file import JournaledFile, journal_path, roll_back
 
 INDEX_GROUP = "%index"
 """No escaped id has this name: there, `%` is always followed by two hexadecimal digits."""
@@ -72,17 +72,10 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
         fresh = not (resume and self._prepare_resume())
         if fresh:
             self._partial.unlink(missing_ok=True)
-        self._journaled = JournaledFile(self._partial, create=fresh)
-        self._file = h5py.File(
-            self._journaled,
-            "w" if fresh else "r+",
-            libver=_HDF5_VERSIONS,
-            track_order=True if fresh else None,
-        )
-        if fresh:
-            self._create_layout()
-        self._done = frozenset(self._file[INDEX_GROUP]["id"].asstr()[:].tolist())
-        self._commit()
+        try:
+            self._open(fresh)
+        except OSError as error:
+            raise OutputError(f"{self._path}: cannot begin the file: {error}") from error
 
     def done_ids(self) -> frozenset[str]:
         return self._done
@@ -106,12 +99,15 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
     def _finish(self) -> None:
         self._commit()
         self._file.close()
+        # Raises if closing could not write everything.
+        self._journaled.commit()
         self._journaled.close(keep_journal=False)
 
     def _abandon(self) -> None:
         # Should this fail as well (a full disk), the journal puts the file back to its last commit.
-        with contextlib.suppress(OSError):
-            self._commit()
+        with contextlib.suppress(OSError, RuntimeError):
+            if self._file:
+                self._commit()
         with contextlib.suppress(OSError, RuntimeError):
             self._file.close()
         self._journaled.close(keep_journal=True)
@@ -127,6 +123,23 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
         self._file.flush()
         self._journaled.commit()
         self._committed_at = time.monotonic()
+
+    def _open(self, fresh: bool) -> None:
+        self._journaled = JournaledFile(self._partial, create=fresh)
+        self._file = h5py.File(
+            self._journaled,
+            "w" if fresh else "r+",
+            libver=_HDF5_VERSIONS,
+            track_order=True if fresh else None,
+        )
+        try:
+            if fresh:
+                self._create_layout()
+            self._done = frozenset(self._file[INDEX_GROUP]["id"].asstr()[:].tolist())
+            self._commit()
+        except OSError:
+            self._abandon()
+            raise
 
     def _create_layout(self) -> None:
         for name, value in self._described().items():
@@ -149,7 +162,7 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
         if self._partial.exists():
             roll_back(self._partial)
             if self._partial.stat().st_size == 0:
-                return False
+                self._partial.unlink()
         if not (self._path.exists() or self._partial.exists()):
             return False
         if self._path.exists() and self._partial.exists():
@@ -158,6 +171,9 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
             )
         source = self._path if self._path.exists() else self._partial
         self._check_same_run(source)
+        if source is self._path:
+            # A journal without its file tells nothing of this one.
+            journal_path(self._partial).unlink(missing_ok=True)
         os.replace(source, self._partial)
         return True
 

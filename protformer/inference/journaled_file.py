@@ -15,6 +15,7 @@ little-endian.
 import io
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,14 @@ _ENTRY = struct.Struct("<QQ")
 
 
 class JournaledFile:
-    """A binary file, opened for reading and writing, with a rollback journal beside it."""
+    """A binary file, opened for reading and writing, with a rollback journal beside it.
+
+    A write that fails (the disk is full) raises at the next `commit`, and until then nothing more is written:
+    HDF5 flushes in destructors, where an exception is lost, and crashes when it cannot write while it closes.
+    """
 
     def __init__(self, path: Path, *, create: bool) -> None:
+        self._failure: OSError | None = None
         self._journal_path = journal_path(path)
         if create:
             self._journal_path.unlink(missing_ok=True)
@@ -33,19 +39,20 @@ class JournaledFile:
             roll_back(path)
         self._file = path.open("x+b" if create else "r+b", buffering=0)
         self._journal = self._journal_path.open("wb", buffering=0)
-        self.commit()
+        try:
+            self.commit()
+        except OSError:
+            self.close(keep_journal=True)
+            raise
 
     def commit(self) -> None:
         """Make the present content what `roll_back` returns to.
 
         Between the two journal writes the journal is empty, which means "nothing to undo", and so it is.
         """
-        position = self._file.tell()
-        self._committed_size = self._file.seek(0, os.SEEK_END)
-        self._file.seek(position)
-        self._journal.seek(0)
-        self._journal.truncate()
-        _write_all(self._journal, _SIZE.pack(self._committed_size))
+        self._attempt(self._begin_journal)
+        if self._failure is not None:
+            raise self._failure
 
     def close(self, *, keep_journal: bool) -> None:
         """Close the file; without its journal, it stays as it is now."""
@@ -57,13 +64,12 @@ class JournaledFile:
     def write(self, data: Any) -> int:
         """`data` has the buffer protocol: h5py hands over a memory view of its own type."""
         view = memoryview(data).cast("B")
-        self._save(self._file.tell(), len(view))
-        _write_all(self._file, view)
+        self._attempt(lambda: self._overwrite(view))
         return len(view)
 
     def truncate(self, size: int) -> int:
-        self._save(size, self._committed_size - size)
-        return self._file.truncate(size)
+        self._attempt(lambda: self._shorten(size))
+        return size
 
     def read(self, count: int = -1) -> bytes:
         return self._file.read(count)
@@ -79,6 +85,29 @@ class JournaledFile:
 
     def flush(self) -> None:
         """Nothing is buffered here."""
+
+    def _attempt(self, change: Callable[[], None]) -> None:
+        if self._failure is None:
+            try:
+                change()
+            except OSError as error:
+                self._failure = error
+
+    def _begin_journal(self) -> None:
+        position = self._file.tell()
+        self._committed_size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(position)
+        self._journal.seek(0)
+        self._journal.truncate()
+        _write_all(self._journal, _SIZE.pack(self._committed_size))
+
+    def _overwrite(self, data: memoryview) -> None:
+        self._save(self._file.tell(), len(data))
+        _write_all(self._file, data)
+
+    def _shorten(self, size: int) -> None:
+        self._save(size, self._committed_size - size)
+        self._file.truncate(size)
 
     def _save(self, offset: int, count: int) -> None:
         """Copy the bytes to be overwritten, as far as they belong to the last commit, to the journal."""

@@ -1,7 +1,7 @@
 """A model ready to compute: loaded, placed, with the precision that was asked for.
 
-In: a model path and what the user wants of the device. Out: an `InferenceSession`. What cannot be honoured fails here, before
-sequences are read.
+In: a model path and what the user wants of the device. Out: an `InferenceSession`. What cannot be honoured fails
+here, before sequences are read.
 """
 
 import hashlib

@@ -1,15 +1,18 @@
 """The encoder: token embedding, pre-LN blocks of rotary attention and a GELU feed-forward, a final LayerNorm.
 
 In: tokens and segments of a batch of rows. Out: hidden states. The kind of attention is a plug
-(`protformer.attention`); projections, rotary positions and dropout live here once for all kinds. The time is linear in
-the length for linear kinds.
+(`protformer.attention`); projections, rotary positions and dropout live here once for all kinds. The time is linear
+in the length for linear kinds. Without autograd, everything but attention works in blocks along the residues, so that
+nothing as wide as the feed-forward is ever as long as the row: a row of a million residues needs little more than its
+states, queries, keys and values.
 
-Source: pre-LN Transformer (Xiong et al. 2020), as in ESM-2 and in the released protein_lm; rotary positions (Su et al. 2021)
-instead of the paper's learned absolute ones, so that no longest length is built in.
+Source: pre-LN Transformer (Xiong et al. 2020), as in ESM-2 and in the released protein_lm; rotary positions (Su et
+al. 2021) instead of the paper's learned absolute ones, so that no longest length is built in.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,11 @@ from protformer.alphabet import NUM_TOKENS, PAD
 from protformer.attention import build_attention
 from protformer.config import ModelConfig
 from protformer.model.rotary import positions_in_segments, rotary_angles, rotate
+
+Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
+
+INFERENCE_BLOCK_TOKENS = 16_384
+"""Tokens (rows times residues) of a block without autograd: large enough for full speed of the matrix products."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +74,16 @@ class Encoder(nn.Module):
             yield block.attention.weights(*block.queries_keys_values(x, angles)[:2], segments)
             x = block(x, angles, segments)
 
+    def attention_inputs(
+        self, tokens: Int[Tensor, "batch residue"], segments: Int[Tensor, "batch residue"]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Queries, keys and values of each layer in turn, as the attention gets them."""
+        x, angles = self._embed(tokens, segments)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block.queries_keys_values(x, angles)
+            x = block(x, angles, segments)
+
     def redraw_features(self, step: int) -> None:
         """Let every layer draw new random features if its schedule says so after `step` optimizer steps."""
         for block in self.blocks:
@@ -106,29 +124,63 @@ class Block(nn.Module):
         angles: tuple[Tensor, Tensor],
         segments: Int[Tensor, "batch residue"],
     ) -> Float[Tensor, "batch residue channel"]:
-        q, k, v = self.queries_keys_values(x, angles)
-        attended = self.attention(q, k, v, segments).transpose(1, 2).flatten(2)
-        x = x + self.dropout(self.attention_output(attended))
-        inner = F.gelu(self.feed_forward_input(self.feed_forward_norm(x)))
-        x = x + self.dropout(self.feed_forward_output(inner))
-        return x
+        attended = self.attention(*self.queries_keys_values(x, angles), segments).transpose(1, 2)
+
+        def finish(part: slice) -> tuple[Tensor]:
+            return (self._after_attention(x[:, part], attended[:, part].flatten(2)),)
+
+        (finished,) = in_blocks(finish, x, dim=1)
+        return finished
 
     def queries_keys_values(
         self, x: Float[Tensor, "batch residue channel"], angles: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries, rotated keys and values, each (batch, head, residue, head_dim)."""
-        projected = self.query_key_value(self.attention_norm(x))
-        q, k, v = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return rotate(q, *angles), rotate(k, *angles), v
+        cosine, sine = angles
+
+        def project(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+            projected = self.query_key_value(self.attention_norm(x[:, part]))
+            q, k, v = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            turn = cosine[:, :, part], sine[:, :, part]
+            return rotate(q, *turn), rotate(k, *turn), v
+
+        return in_blocks(project, x, dim=2)
+
+    def _after_attention(
+        self, x: Float[Tensor, "batch residue channel"], attended: Float[Tensor, "batch residue channel"]
+    ) -> Float[Tensor, "batch residue channel"]:
+        x = x + self.dropout(self.attention_output(attended))
+        inner = F.gelu(self.feed_forward_input(self.feed_forward_norm(x)))
+        fed_forward: Tensor = x + self.dropout(self.feed_forward_output(inner))
+        return fed_forward
+
+
+def in_blocks(compute: Callable[[slice], Tensors], x: Float[Tensor, "batch residue channel"], *, dim: int) -> Tensors:
+    """What `compute` gives for all residues of x, along its dimension `dim`; in blocks where autograd keeps nothing.
+
+    The parts go into their places one by one: collecting them first would hold everything twice.
+    """
+    batch, length, _ = x.shape
+    block = max(1, INFERENCE_BLOCK_TOKENS // batch)
+    if torch.is_grad_enabled() or length <= block:
+        return compute(slice(0, length))
+    joined: list[Tensor] = []
+    for start in range(0, length, block):
+        parts = compute(slice(start, start + block))
+        joined = joined or [part.new_empty((*part.shape[:dim], length, *part.shape[dim + 1 :])) for part in parts]
+        for whole, part in zip(joined, parts, strict=True):
+            whole.narrow(dim, start, part.shape[dim]).copy_(part)
+    return cast(Tensors, tuple(joined))
 
 
 @torch.no_grad()
 def initialize_weights(module: nn.Module, *, num_layers: int) -> None:
     """Draw the weights so that every layer keeps the variance of what it gets, whatever the width.
 
-    Matrices are normal with std fan_in ** -0.5 (LeCun et al. 1998), smaller by sqrt(2 layers) where a block adds to the residual
-    stream (GPT-2, Radford et al. 2019, section 2.3); the embedding has std channel ** -0.5, since its transpose makes the logits.
-    Biases are zero, norms the identity. In the first minutes of training this learns several times faster than BERT's 0.02.
+    Matrices are normal with std fan_in ** -0.5 (LeCun et al. 1998), smaller by sqrt(2 layers) where a block adds to
+    the residual stream (GPT-2, Radford et al. 2019, section 2.3); the embedding has std channel ** -0.5, since its
+    transpose makes the logits. Biases are zero, norms the identity. In the first minutes of training this learns
+    several times faster than BERT's 0.02.
     """
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear):

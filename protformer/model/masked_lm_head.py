@@ -1,8 +1,8 @@
 """The head that turns hidden states into logits over the 33 tokens, and the whole language model around it.
 
-In: hidden states. Out: logits. The same head serves the masked (bidirectional) and the next-residue (unidirectional) task:
-what differs is what the inputs show and which targets are asked for. Its shape is that of BERT and ESM: dense, GELU, LayerNorm,
-then the transposed token embedding with a bias of its own (Devlin et al. 2019).
+In: hidden states. Out: logits. The same head serves the masked (bidirectional) and the next-residue (unidirectional)
+task: what differs is what the inputs show and which targets are asked for. Its shape is that of BERT and ESM: dense,
+GELU, LayerNorm, then the transposed token embedding with a bias of its own (Devlin et al. 2019).
 """
 
 import torch

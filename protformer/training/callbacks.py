@@ -1,7 +1,7 @@
 """What happens around the training steps: randomness, figures, checkpoints, stopping, progress.
 
-In: the trainer's hooks. Out: files of the run folder and lines on stderr. Every callback acts at the boundary of an optimizer
-step, so that all state is that of a whole number of steps.
+In: the trainer's hooks. Out: files of the run folder and lines on stderr. Every callback acts at the boundary of an
+optimizer step, so that all state is that of a whole number of steps.
 """
 
 import csv
@@ -183,6 +183,8 @@ class Checkpointing(StepCallback):
         if trainer.is_global_zero:
             write_whole(self.run.checkpoint, trainer.save_checkpoint)
             self.save_model(task, trainer.global_step)
+        else:
+            trainer.save_checkpoint(self.run.checkpoint)  # meets the others at a barrier, and writes nothing
 
 
 class StopRequest(StepCallback):

@@ -1,7 +1,7 @@
 """Token stores to training batches: one of the two places where NumPy becomes torch.
 
-In: a training store, perhaps a validation store, and the run's configuration. Out: `TrainingBatch`es without end, each with the
-position behind it. What was consumed, not what was prefetched, is the state that a checkpoint keeps.
+In: a training store, perhaps a validation store, and the run's configuration. Out: `TrainingBatch`es without end,
+each with the position behind it. What was consumed, not what was prefetched, is the state that a checkpoint keeps.
 """
 
 from collections.abc import Iterator

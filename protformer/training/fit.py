@@ -1,7 +1,7 @@
 """One training run, from FASTA to model folder.
 
-In: a `RunConfig`, FASTA files and a run folder. Out: a `RunSummary`, and the files that `run_folder` lists. A run that was
-stopped or killed goes on from its last checkpoint with the very numbers it would have had.
+In: a `RunConfig`, FASTA files and a run folder. Out: a `RunSummary`, and the files that `run_folder` lists. A run
+that was stopped or killed goes on from its last checkpoint with the very numbers it would have had.
 """
 
 import logging
@@ -60,7 +60,8 @@ def train(
 ) -> RunSummary:
     """Train until training.max_steps, from the run's last checkpoint if it has one.
 
-    Both token stores must be in the run folder already. Raises InterruptedRunError after a signal, with the state saved.
+    Both token stores must be in the run folder already. Raises InterruptedRunError after a signal, with the state
+    saved.
     """
     torch_device = choose_device(device)
     precision = choose_precision(config.training.precision, torch_device)

@@ -1,7 +1,7 @@
 """The language model as a Lightning module: one loss, one optimizer.
 
-In: `TrainingBatch`es. Out: the mean cross-entropy of the asked positions, in nats; its sums are kept for the log. The task
-(masked or next residue) is decided by what the datamodule puts into the batch.
+In: `TrainingBatch`es. Out: the mean cross-entropy of the asked positions, in nats; its sums are kept for the log. The
+task (masked or next residue) is decided by what the datamodule puts into the batch.
 """
 
 from typing import Any

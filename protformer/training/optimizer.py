@@ -1,8 +1,8 @@
 """AdamW and the learning-rate schedules.
 
-In: a model and a `TrainingConfig`. Out: an optimizer whose weight decay spares biases, norms and embeddings, and a factor of
-the learning rate for each step. Schedules have a length of their own (`schedule_steps`), so that stopping a run early and
-going on later gives the same numbers as one sitting.
+In: a model and a `TrainingConfig`. Out: an optimizer whose weight decay spares biases, norms and embeddings, and a
+factor of the learning rate for each step. Schedules have a length of their own (`schedule_steps`), so that stopping a
+run early and going on later gives the same numbers as one sitting.
 """
 
 import math

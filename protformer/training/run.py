@@ -1,9 +1,10 @@
 """From what the user typed to a training run: configuration, token stores, resume.
 
-In: a `RunRequest`. Out: the closing summary as text. Everything that can be wrong with the request is said before data are read;
-a run folder appears only with its first content.
+In: a `RunRequest`. Out: the closing summary as text. Everything that can be wrong with the request is said before
+data are read; a run folder appears only with its first content.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,7 +15,7 @@ from typing import Protocol, runtime_checkable
 from protformer.config import RunConfig, dump_yaml, load_run_config, override_run
 from protformer.corpus.splits import build_split_stores
 from protformer.corpus.token_store import TokenStore, build_token_store
-from protformer.device import choose_device
+from protformer.device import choose_device, is_launched_helper
 from protformer.errors import ConfigError, InputError, OutputError
 from protformer.evaluation.masked_lm import MaskedLmScores
 from protformer.training.fit import RunSummary, rows_per_batch, train
@@ -32,6 +33,9 @@ RESUMABLE_CHANGES = frozenset(
     )
 )
 """Fields that may differ on a resume: they do not change what is learned, or only by rounding."""
+
+UNSTARTED_ENTRIES = r"(\.?(store|validation)(\.\d+\.(tmp|old))?)|stores\.json|(stores\.json|config\.yaml)\.partial"
+"""What is in the folder of a run that has not got as far as its config.yaml."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +71,9 @@ class Console(Protocol):
 def run_training(request: RunRequest, console: Console) -> str:
     """Train as requested; the closing summary."""
     run = RunFolder(request.out)
+    if is_launched_helper():  # the first process has made the run folder, and reports
+        _train(request, load_run_config(str(run.config)), run)
+        return ""
     is_new = _check_folder(run, resume=request.resume)
     config = _resolve_config(request, None if is_new else load_run_config(str(run.config)))
     choose_device(request.device)
@@ -76,7 +83,11 @@ def run_training(request: RunRequest, console: Console) -> str:
     else:
         _check_sources(request, run)
     write_whole(run.config, lambda partial: partial.write_text(dump_yaml(config), encoding="utf-8"))
-    summary = train(
+    return describe_summary(_train(request, config, run))
+
+
+def _train(request: RunRequest, config: RunConfig, run: RunFolder) -> RunSummary:
+    return train(
         config,
         run,
         device=request.device,
@@ -84,7 +95,6 @@ def run_training(request: RunRequest, console: Console) -> str:
         num_nodes=request.num_nodes,
         quiet=request.quiet,
     )
-    return describe_summary(summary)
 
 
 def describe_summary(summary: RunSummary) -> str:
@@ -104,18 +114,21 @@ def _compare(scores: MaskedLmScores) -> list[str]:
         f"held-out proteins, {scores.num_masked:,} residues asked for:",
         f"  perplexity {scores.perplexity:6.3f}   unigram baseline {scores.baseline_perplexity:6.3f}",
         f"  accuracy   {scores.accuracy:6.2%}   unigram baseline {scores.baseline_accuracy:6.2%}",
-        f"  {gain:+.4f} +- {error:.4f} nats a residue better than the baseline (mean and standard error over proteins)",
+        f"  log-likelihood over the baseline {gain:+.4f} nats a residue, standard error {error:.4f} (over proteins)",
     ]
 
 
 def _check_folder(run: RunFolder, *, resume: bool) -> bool:
-    """Whether the run is to be made anew."""
-    exists = run.root.exists() and (not run.root.is_dir() or any(run.root.iterdir()))
-    if exists and not resume:
+    """Whether the run is new: nothing is there yet, or what a run left that was killed before its first step."""
+    if run.root.exists() and not run.root.is_dir():
+        raise OutputError(f"{run.root}: is a file; choose another --out")
+    entries = [entry.name for entry in run.root.iterdir()] if run.root.exists() else []
+    is_unstarted = not run.config.is_file() and all(re.fullmatch(UNSTARTED_ENTRIES, name) for name in entries)
+    if entries and not resume and not is_unstarted:
         raise OutputError(f"{run.root}: exists already; choose another --out, or add --resume to go on with it")
-    if resume and not run.config.is_file():
+    if resume and not run.config.is_file() and not (entries and is_unstarted):
         raise InputError(f"{run.root}: no run to resume here (no config.yaml)")
-    return not exists
+    return not run.config.is_file()
 
 
 def _resolve_config(request: RunRequest, stored: RunConfig | None) -> RunConfig:
@@ -145,7 +158,8 @@ def _resolve_config(request: RunRequest, stored: RunConfig | None) -> RunConfig:
 
 def _prepare_stores(request: RunRequest, run: RunFolder, config: RunConfig, console: Console) -> None:
     with _removed_on_failure(run.root):
-        run.root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(run.root, ignore_errors=True)  # at most what a start that was killed has left
+        run.root.mkdir(parents=True)
         paths = _build_stores(request, run, config, console)
         stores = [TokenStore.open(path) for path in (paths.train, paths.validation) if path is not None]
         if len(stores[0]) == 0:
