@@ -14,49 +14,16 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
+from protformer.attention_config import AttentionConfig as AttentionConfig
+from protformer.attention_config import ExactConfig as ExactConfig
+from protformer.attention_config import FavorConfig as FavorConfig
+from protformer.attention_config import GeneralizedConfig as GeneralizedConfig
+from protformer.attention_config import GeneralizedFunction as GeneralizedFunction
+from protformer.attention_config import require as _require
 from protformer.errors import ConfigError
 
 Packing = Literal["attend", "isolate"]
 Direction = Literal["bidirectional", "unidirectional"]
-GeneralizedFunction = Literal["relu", "elu_plus_one", "sigmoid", "exp", "abs", "gelu"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FavorConfig:
-    """FAVOR+ for the softmax kernel with positive random features (Choromanski et al. 2021, section 2.3)."""
-
-    kind: Literal["favor"] = "favor"
-    num_features: int = 256
-    """m in the paper."""
-    orthogonal: bool = True
-    row_norms: Literal["chi", "sqrt_d"] = "sqrt_d"
-    """Length of a projection row: that of a Gaussian vector (unbiased), or sqrt(head_dim) (SMREG, less variance)."""
-    redraw_every_steps: int = 1000
-    """0 keeps the first draw for good."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GeneralizedConfig:
-    """Generalized attention, phi(x) = f(W x) + epsilon (Choromanski et al. 2021, eq. 5 and appendix A.4)."""
-
-    kind: Literal["generalized"] = "generalized"
-    function: Literal["relu"] = "relu"
-    projection: Literal["orthogonal", "none"] = "orthogonal"
-    """`none` applies the function to the head vector itself, the released protein_lm's "deterministic" features."""
-    num_features: int = 256
-    """Unused without a projection: there are then head_dim features."""
-    epsilon: float = 1e-3
-    redraw_every_steps: int = 1000
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExactConfig:
-    """Softmax attention, computed exactly by torch's scaled_dot_product_attention: O(residue ** 2) time."""
-
-    kind: Literal["exact"] = "exact"
-
-
-AttentionConfig = FavorConfig | GeneralizedConfig | ExactConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,12 +51,6 @@ class ModelConfig:
             f"an even multiple of model.num_heads ({self.num_heads}): rotary positions turn pairs of channels",
         )
         _require(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "from 0 to below 1")
-        if not isinstance(self.attention, ExactConfig):
-            count, every = self.attention.num_features, self.attention.redraw_every_steps
-            _require(count >= 1, "model.attention.num_features", count, "at least 1")
-            _require(every >= 0, "model.attention.redraw_every_steps", every, "0 (never) or more")
-        if isinstance(self.attention, GeneralizedConfig):
-            _require(self.attention.epsilon > 0, "model.attention.epsilon", self.attention.epsilon, "above 0")
 
     @property
     def head_dim(self) -> int:
@@ -386,8 +347,3 @@ def _tag(member: Any) -> str:
 def _suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def _require(holds: bool, path: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"{path}: {value!r} is not allowed; it must be {allowed}")

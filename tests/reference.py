@@ -22,29 +22,73 @@ def exact_weights(q: Tensor, k: Tensor, segments: Tensor, *, causal: bool) -> Te
     return _normalize_logarithms(logits, _visible(segments, causal))
 
 
-def favor_weights(q: Tensor, k: Tensor, segments: Tensor, *, causal: bool, projection: Tensor) -> Tensor:
+def favor_weights(
+    q: Tensor,
+    k: Tensor,
+    segments: Tensor,
+    *,
+    causal: bool,
+    projection: Tensor,
+    features: str = "positive",
+    moments: Tensor | None = None,
+    rescale: bool = False,
+    scales: tuple[Tensor, Tensor] | None = None,
+    covariance_root: Tensor | None = None,
+) -> Tensor:
     """phi(q) . phi(k), normalised over k; phi as in Choromanski et al. 2021, lemma 1 (SM+), on vectors times
     d^-1/4.
 
     The dot products are taken as a log-sum-exp over features, so that they hold for vectors of any length.
+    `moments` are the means of q, k, q^2 and k^2 by head and channel; `scales` those of normalised queries and keys.
     """
-    log_q, log_k = _log_softmax_features(q, projection), _log_softmax_features(k, projection)
+    q, k = q.double(), k.double()
+    if scales is not None:
+        q, k = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * s for x, s in zip((q, k), scales, strict=True))
+    if covariance_root is not None:
+        q, k = q * covariance_root, k * covariance_root
+    psi = torch.ones(q.shape[1], q.shape[3], dtype=torch.float64)
+    if rescale:
+        # Likhosherstov et al. 2023: Psi_l = (sum k_l^2 / sum q_l^2)^(1/4).
+        psi = (moments[3].double() / moments[2].double()) ** 0.25
+        q, k = q * psi[:, None], k / psi[:, None]
+    if features == "hyperbolic":
+        projection = torch.cat((projection, -projection))
+    damping = best_damping(*moments.double(), psi) if features == "favor++" else 0.0
+    log_q, log_k = (_log_softmax_features(x, projection, damping) for x in (q, k))
     rows = [torch.logsumexp(log_q[:, :, i, None, :] + log_k, dim=-1) for i in range(q.shape[2])]
     return _normalize_logarithms(torch.stack(rows, dim=2), _visible(segments, causal))
 
 
-def generalized_weights(
-    q: Tensor, k: Tensor, segments: Tensor, *, causal: bool, projection: Tensor | None, epsilon: float
-) -> Tensor:
-    """phi(q) . phi(k), normalised over k; phi(x) = relu(W x) + epsilon (Choromanski et al. 2021, eq. 5, f =
-    relu).
+def best_damping(q: Tensor, k: Tensor, q_square: Tensor, k_square: Tensor, psi: Tensor) -> float:
+    """A of FAVOR++ (Likhosherstov et al. 2022, theorem 3), for moments by head and channel."""
+    p = float((psi**2 * q_square + k_square / psi**2 + 2 * q * k).mean() / math.sqrt(q.shape[-1]))
+    return (1 - 2 * p - math.sqrt((2 * p + 1) ** 2 + 8 * p)) / 16
 
-    With a projection, x is the vector times d^-1/4; without, it is the vector itself.
+
+def generalized_weights(
+    q: Tensor, k: Tensor, segments: Tensor, *, causal: bool, projection: Tensor | None, epsilon: float, function: str
+) -> Tensor:
+    """phi(q) . phi(k), normalised over k; phi(x) = f(W x) + epsilon (Choromanski et al. 2021, eq. 5, appendix D.3).
+
+    With a projection, x is the vector times d^-1/4; without, it is the vector itself. exp is taken as a log-sum-exp.
     """
-    phi_q, phi_k = (_relu_features(x, projection, epsilon) for x in (q, k))
+    products_q, products_k = (_products(x, projection) for x in (q, k))
+    if function == "exp":
+        rows = [torch.logsumexp(products_q[:, :, i, None, :] + products_k, dim=-1) for i in range(q.shape[2])]
+        return _normalize_logarithms(torch.stack(rows, dim=2), _visible(segments, causal))
+    phi_q, phi_k = (FUNCTIONS[function](x) + epsilon for x in (products_q, products_k))
     kernel = (phi_q @ phi_k.transpose(-1, -2)) * _visible(segments, causal)
     total = kernel.sum(dim=-1, keepdim=True)
     return kernel / torch.where(total > 0, total, 1.0)
+
+
+FUNCTIONS = {
+    "relu": torch.relu,
+    "elu_plus_one": lambda x: torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0))),
+    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+    "abs": torch.abs,
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2 + 0.17,
+}
 
 
 def softmax_kernel_estimates(x: Tensor, y: Tensor, projection: Tensor) -> Tensor:
@@ -66,14 +110,13 @@ def _normalize_logarithms(logarithms: Tensor, visible: Tensor) -> Tensor:
     return torch.where(visible, torch.softmax(safe, dim=-1), 0.0)
 
 
-def _log_softmax_features(x: Tensor, projection: Tensor) -> Tensor:
+def _log_softmax_features(x: Tensor, projection: Tensor, damping: float = 0.0) -> Tensor:
     num_features, head_dim = projection.shape
-    x = x.double() * head_dim**-0.25
-    return x @ projection.double().T - (x * x).sum(-1, keepdim=True) / 2 - math.log(num_features) / 2
+    x, projection = x.double() * head_dim**-0.25, projection.double()
+    products = math.sqrt(1 - 4 * damping) * x @ projection.T + damping * (projection * projection).sum(-1)
+    return products - (x * x).sum(-1, keepdim=True) / 2 - math.log(num_features) / 2
 
 
-def _relu_features(x: Tensor, projection: Tensor | None, epsilon: float) -> Tensor:
+def _products(x: Tensor, projection: Tensor | None) -> Tensor:
     x = x.double()
-    if projection is not None:
-        x = x * x.shape[-1] ** -0.25 @ projection.double().T
-    return torch.relu(x) + epsilon
+    return x if projection is None else x * x.shape[-1] ** -0.25 @ projection.double().T

@@ -19,10 +19,19 @@ from protformer.attention.linear_kind import LinearAttention
 from protformer.config import AttentionConfig, ExactConfig, FavorConfig, GeneralizedConfig
 
 CONFIGS: dict[str, AttentionConfig] = {
-    "favor-sqrt_d": FavorConfig(num_features=24, row_norms="sqrt_d"),
-    "favor-chi": FavorConfig(num_features=24, row_norms="chi"),
+    "favor-sqrt_d": FavorConfig(num_features=24, features="positive", row_norms="sqrt_d"),
+    "favor-chi": FavorConfig(num_features=24, features="positive", row_norms="chi"),
+    "favor-hyperbolic": FavorConfig(num_features=24, features="hyperbolic"),
+    "favor-damped": FavorConfig(num_features=24, features="favor++", row_norms="chi", rescale=True),
+    "favor-scaled": FavorConfig(num_features=24, rescale=True, covariance="diagonal"),
+    "favor-normalised": FavorConfig(num_features=24, qk_norm=True),
     "generalized-orthogonal": GeneralizedConfig(num_features=24, projection="orthogonal"),
     "generalized-none": GeneralizedConfig(projection="none"),
+    "generalized-exp": GeneralizedConfig(num_features=24, function="exp", projection="iid"),
+    "generalized-sigmoid": GeneralizedConfig(num_features=24, function="sigmoid"),
+    "generalized-elu": GeneralizedConfig(num_features=24, function="elu_plus_one", projection="none"),
+    "generalized-abs": GeneralizedConfig(num_features=24, function="abs"),
+    "generalized-gelu": GeneralizedConfig(num_features=24, function="gelu"),
     "exact": ExactConfig(),
 }
 HEAD_DIM, NUM_HEADS = 8, 2
@@ -34,18 +43,39 @@ over_directions = pytest.mark.parametrize("causal", [False, True], ids=["bidirec
 
 
 def build(name: str, causal: bool, seed: int = 0) -> Attention:
-    return build_attention(CONFIGS[name], head_dim=HEAD_DIM, num_heads=NUM_HEADS, causal=causal, seed=seed, layer=0)
+    """Attention as after some training: nothing that can be learned is at its first value."""
+    attention = build_attention(
+        CONFIGS[name], head_dim=HEAD_DIM, num_heads=NUM_HEADS, causal=causal, seed=seed, layer=0
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in attention.parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 1.5, generator=generator)
+    for key, buffer in attention.named_buffers():
+        if key == "moments.average":
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.1)
+    return attention.eval()
 
 
 def oracle_weights(name: str, attention: Attention, q: Tensor, k: Tensor, segments: Tensor, causal: bool) -> Tensor:
-    config = CONFIGS[name]
-    projections = [value for key, value in attention.state_dict().items() if key.endswith("projection")]
-    projection = projections[0] if projections else None
+    config, state = CONFIGS[name], attention.state_dict()
+    projection = state.get("random_features.projection")
     if isinstance(config, FavorConfig):
-        return reference.favor_weights(q, k, segments, causal=causal, projection=projection)
+        scales = (state["query_scale"], state["key_scale"]) if config.qk_norm else None
+        return reference.favor_weights(
+            q,
+            k,
+            segments,
+            causal=causal,
+            projection=projection,
+            features=config.features,
+            moments=state.get("moments.average"),
+            rescale=config.rescale,
+            scales=scales,
+            covariance_root=state.get("covariance_root"),
+        )
     if isinstance(config, GeneralizedConfig):
         return reference.generalized_weights(
-            q, k, segments, causal=causal, projection=projection, epsilon=config.epsilon
+            q, k, segments, causal=causal, projection=projection, epsilon=config.epsilon, function=config.function
         )
     return reference.exact_weights(q, k, segments, causal=causal)
 

@@ -19,14 +19,27 @@ needs one: M_i, the largest log phi(q_i)_r + c_r over features. In
 all exponents are then at most 0, and at the feature where M_i is attained the denominator has a term of at least
 1. References are constants to autograd, which is exact, as the quotient does not depend on them. How they are had
 is told in `linear` and `causal`, which do the work.
+
+Further choices, each of which leaves all this as it is. `hyperbolic` takes every row of W with both signs. `favor++`
+adds A |w_r|^2 to log phi(x)_r, with W times sqrt(1 - 4 A) (Likhosherstov et al. 2022); A is the best for the mean
+|q + k|^2 of past training steps. `rescale` replaces q and k by q Psi and k / Psi (SADERF, Likhosherstov et al.
+2023), Psi from past steps too. `covariance` and `qk_norm` change what attention is, not how it is estimated.
 """
 
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
+from protformer.attention.block_work import Values
+from protformer.attention.favor_statistics import Moments
 from protformer.attention.feature_maps import ExponentialMap
+from protformer.attention.interface import Heads, Segments
 from protformer.attention.linear_kind import LinearAttention
 from protformer.attention.random_features import RandomFeatures
 from protformer.config import FavorConfig
+
+NORM_EPSILON = 1e-6
+"""Keeps the root mean square of a query or key of zeros above zero."""
 
 
 class FavorAttention(LinearAttention):
@@ -38,8 +51,9 @@ class FavorAttention(LinearAttention):
         self, config: FavorConfig, *, head_dim: int, num_heads: int, causal: bool, seed: int, layer: int
     ) -> None:
         super().__init__(causal=causal)
+        self.features, self.rescale = config.features, config.rescale
         self.random_features = RandomFeatures(
-            config.num_features,
+            config.num_features // 2 if config.features == "hyperbolic" else config.num_features,
             head_dim,
             orthogonal=config.orthogonal,
             row_norms=config.row_norms,
@@ -47,7 +61,61 @@ class FavorAttention(LinearAttention):
             seed=seed,
             layer=layer,
         )
+        needs_moments = config.rescale or config.features == "favor++"
+        self.moments = Moments(num_heads=num_heads, head_dim=head_dim) if needs_moments else None
+        self.query_scale, self.key_scale = (
+            _scale(num_heads, head_dim) if config.qk_norm else None for _ in ("query", "key")
+        )
+        self.covariance_root = _scale(num_heads, head_dim) if config.covariance == "diagonal" else None
 
     def feature_map(self, head_dim: int, dtype: torch.dtype) -> ExponentialMap:
-        weight = self.random_features.projection.to(dtype) * head_dim**-0.25
-        return ExponentialMap(weight=weight, bias=None, factor=head_dim**-0.5 / 2)
+        weight, bias = self.random_features.projection.to(dtype), None
+        if self.features == "hyperbolic":
+            weight = torch.cat((weight, -weight))
+        elif self.features == "favor++":
+            assert self.moments is not None
+            damping = self.moments.damping(rescaled=self.rescale).to(dtype)
+            bias = damping * weight.square().sum(-1)
+            weight = weight * (1 - 4 * damping).sqrt()
+        return ExponentialMap(weight=weight * head_dim**-0.25, bias=bias, factor=head_dim**-0.5 / 2)
+
+    def redraw(self, step: int) -> None:
+        super().redraw(step)
+        if self.moments is not None:
+            self.moments.take_over()
+
+    def prepare(self, q: Heads, k: Heads) -> tuple[Heads, Heads]:
+        """What is normalised and scaled before the features."""
+        q, k = self._normalize(q, k)
+        if self.rescale:
+            assert self.moments is not None
+            psi = self.moments.rescaling().unsqueeze(1)
+            q, k = _multiply(q, psi), _multiply(k, 1 / psi)
+        return q, k
+
+    def _attend(self, q: Heads, k: Heads, v: Values, segments: Segments) -> Values:
+        if self.moments is not None and self.training:
+            self.moments.gather(*self._normalize(q.detach(), k.detach()), segments)
+        return super()._attend(q, k, v, segments)
+
+    def _normalize(self, q: Heads, k: Heads) -> tuple[Heads, Heads]:
+        if self.query_scale is not None and self.key_scale is not None:
+            q, k = _normalized(q, self.query_scale), _normalized(k, self.key_scale)
+        if self.covariance_root is not None:
+            q, k = _multiply(q, self.covariance_root), _multiply(k, self.covariance_root)
+        return q, k
+
+
+def _scale(num_heads: int, head_dim: int) -> nn.Parameter:
+    return nn.Parameter(torch.ones(num_heads, 1, head_dim))
+
+
+def _normalized(x: Heads, scale: Float[Tensor, "head 1 head_dim"]) -> Heads:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x = x.to(dtype)
+    return x * (x.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt() * scale.to(dtype)
+
+
+def _multiply(x: Heads, scale: Float[Tensor, "head 1 head_dim"]) -> Heads:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.to(dtype) * scale.to(dtype)

@@ -28,6 +28,10 @@ class LinearAttention(Attention):
     def feature_map(self, head_dim: int, dtype: torch.dtype) -> FeatureMap:
         """phi, with the projection as it is now."""
 
+    def prepare(self, q: Heads, k: Heads) -> tuple[Heads, Heads]:
+        """What becomes of queries and keys before phi; nothing, unless a kind has other wishes."""
+        return q, k
+
     def forward(self, q: Heads, k: Heads, v: Heads, segments: Segments) -> Heads:
         return self._attend(q, k, v, segments)
 
@@ -50,8 +54,10 @@ class LinearAttention(Attention):
         state: Past,
     ) -> tuple[Float[Tensor, "batch head 1 value_dim"], Past]:
         """What `forward` gives for the next residue of a protein, and the state after it, in constant time."""
+        q, k = self.prepare(q, k)
         return attend_one_step(q, k, v, state, self.feature_map(q.shape[-1], compute_dtype(q, k, v)))
 
     def _attend(self, q: Heads, k: Heads, v: Values, segments: Segments) -> Values:
+        q, k = self.prepare(q, k)
         attend = attend_to_past if self.causal else attend_to_all
         return attend(q, k, v, segments, self.feature_map(q.shape[-1], compute_dtype(q, k, v)))

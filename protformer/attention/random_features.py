@@ -60,6 +60,18 @@ def gaussian_directions(num_rows: int, head_dim: int, generator: torch.Generator
     return torch.nn.functional.normalize(gaussian, dim=1)
 
 
+def trigonometric_features(
+    x: Float[Tensor, "... head_dim"], projection: Projection
+) -> Float[Tensor, "... two_features"]:
+    """SM-trig (Choromanski et al. 2021, eq. 7), unbiased like positive features, but of either sign.
+
+    For comparison only: where the kernel is small, its estimate has a variance that no attention survives.
+    """
+    angles = x @ projection.T
+    factor = (x.square().sum(-1, keepdim=True) / 2).exp() / math.sqrt(len(projection))
+    return torch.cat((angles.cos(), angles.sin()), dim=-1) * factor
+
+
 def projection_generator(seed: int, layer: int, redraw_count: int) -> torch.Generator:
     """A generator on the CPU that these three numbers decide, equally on every rank and platform.
 

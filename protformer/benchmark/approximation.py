@@ -95,7 +95,7 @@ TRIGONOMETRIC = "trigonometric, orthogonal"
 
 def variants() -> list[Variant]:
     """The paper's estimators, and each further choice that the configuration of `favor` offers, one at a time."""
-    paper = FavorConfig(orthogonal=True, row_norms="chi")
+    paper = FavorConfig(features="positive", orthogonal=True, row_norms="chi")
     found = [
         Variant(name=IID, config=replace(paper, orthogonal=False)),
         Variant(name="positive, orthogonal, chi", config=paper),
