@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from protformer.attention.block_work import Values
+from protformer.attention.block_work import Values, compute_dtype
 from protformer.attention.favor_statistics import Moments
 from protformer.attention.feature_maps import ExponentialMap
 from protformer.attention.interface import Heads, Segments
@@ -74,7 +74,7 @@ class FavorAttention(LinearAttention):
             weight = torch.cat((weight, -weight))
         elif self.features == "favor++":
             assert self.moments is not None
-            damping = self.moments.damping(rescaled=self.rescale).to(dtype)
+            damping = self.moments.damping(dtype, rescaled=self.rescale)
             bias = damping * weight.square().sum(-1)
             weight = weight * (1 - 4 * damping).sqrt()
         return ExponentialMap(weight=weight * head_dim**-0.25, bias=bias, factor=head_dim**-0.5 / 2)
@@ -89,7 +89,7 @@ class FavorAttention(LinearAttention):
         q, k = self._normalize(q, k)
         if self.rescale:
             assert self.moments is not None
-            psi = self.moments.rescaling().unsqueeze(1)
+            psi = self.moments.rescaling(compute_dtype(q, k)).unsqueeze(1)
             q, k = _multiply(q, psi), _multiply(k, 1 / psi)
         return q, k
 
@@ -111,11 +111,10 @@ def _scale(num_heads: int, head_dim: int) -> nn.Parameter:
 
 
 def _normalized(x: Heads, scale: Float[Tensor, "head 1 head_dim"]) -> Heads:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x = x.to(dtype)
-    return x * (x.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt() * scale.to(dtype)
+    x = x.to(compute_dtype(x))
+    return _multiply(x * (x.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt(), scale)
 
 
 def _multiply(x: Heads, scale: Float[Tensor, "head 1 head_dim"]) -> Heads:
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = compute_dtype(x)
     return x.to(dtype) * scale.to(dtype)

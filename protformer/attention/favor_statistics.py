@@ -52,18 +52,19 @@ class Moments(nn.Module):
         self.gathered.zero_()
         self.num_gathered.zero_()
 
-    def rescaling(self) -> Float[Tensor, "head head_dim"]:
+    def rescaling(self, dtype: torch.dtype) -> Float[Tensor, "head head_dim"]:
         """Psi of SADERF (Likhosherstov et al. 2023): (sum k^2 / sum q^2)^(1/4); ones before the first step."""
-        _, _, q_square, k_square = self.average
-        ratio = (k_square / q_square).pow(0.25)
+        _, _, q_square, k_square = self.average.to(dtype)
+        ratio: Tensor = (k_square / q_square).pow(0.25)
         return torch.where((q_square > 0) & (k_square > 0), ratio, 1.0)
 
-    def damping(self, *, rescaled: bool) -> Float[Tensor, ""]:
+    def damping(self, dtype: torch.dtype, *, rescaled: bool) -> Float[Tensor, ""]:
         """A of FAVOR++ (Likhosherstov et al. 2022), with p the mean of |x + y|^2 / d over queries x and keys y.
 
         Both are scaled by d^-1/4, as the features are; 0, which is FAVOR+, before the first step.
         """
-        psi = self.rescaling() if rescaled else torch.ones_like(self.average[0])
-        q, k, q_square, k_square = self.average
+        q, k, q_square, k_square = self.average.to(dtype)
+        psi = self.rescaling(dtype) if rescaled else torch.ones_like(q)
         p = (q_square * psi**2 + k_square / psi**2 + 2 * q * k).mean() * q.shape[-1] ** -0.5
-        return (1 - 2 * p - ((2 * p + 1).square() + 8 * p).sqrt()) / 16
+        damping: Tensor = (1 - 2 * p - ((2 * p + 1).square() + 8 * p).sqrt()) / 16
+        return damping
