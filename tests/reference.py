@@ -96,6 +96,15 @@ def softmax_kernel_estimates(x: Tensor, y: Tensor, projection: Tensor) -> Tensor
     return torch.exp(projection @ x - x @ x / 2) * torch.exp(projection @ y - y @ y / 2)
 
 
+def damped_kernel_estimates(x: Tensor, y: Tensor, projection: Tensor, damping: float) -> Tensor:
+    """The same by FAVOR++ (Likhosherstov et al. 2022, eq. 6): D exp(A |w|^2 + B w . x - |x|^2 / 2) for both."""
+    d, b = x.shape[0], math.sqrt(1 - 4 * damping)
+    constant = (1 - 4 * damping) ** (d / 4)
+    squares = damping * (projection * projection).sum(-1)
+    phi_x, phi_y = (constant * torch.exp(squares + b * projection @ z - z @ z / 2) for z in (x, y))
+    return phi_x * phi_y
+
+
 def _visible(segments: Tensor, causal: bool) -> Tensor:
     length = segments.shape[1]
     same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] != 0)
