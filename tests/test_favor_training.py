@@ -97,6 +97,9 @@ def test_statistics_are_those_of_the_residues_alone() -> None:
     residues = [x.detach().transpose(1, 2)[SEGMENTS > 0] for x in (q, k)]
     expected = torch.stack([x.pow(power).mean(0) for power in (1, 2) for x in residues])
     torch.testing.assert_close(attention.moments.average, expected)
+    attention(q, k, v, SEGMENTS)
+    attention.redraw(step=2)
+    torch.testing.assert_close(attention.moments.average, expected)  # an average with itself
 
 
 def test_evaluation_gathers_no_statistics() -> None:
