@@ -99,8 +99,9 @@ class BlockWork:
             sums.mul_(mask)
         return flat
 
-    def gradient_of_features(self, left: Tensor, state: State) -> Block:
-        return torch.bmm(left, state.transpose(1, 2), out=self.gradient_buffer[:, : left.shape[1]])
+    def gradient_of_features(self, left: Tensor, transposed_state: Tensor) -> Block:
+        """G S^T or [V, 1] dS^T."""
+        return torch.bmm(left, transposed_state, out=self.gradient_buffer[:, : left.shape[1]])
 
     def by_segment(self, x: Float[Tensor, "row place channel"]) -> Float[Tensor, "segment head residue channel"]:
         return x.view(self.piece.num_segments, self.num_heads, *x.shape[1:])

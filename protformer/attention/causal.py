@@ -187,7 +187,7 @@ class _CausalWork(BlockWork):
             key_features, _ = self._key_features(references[number], start, stop)
             products = self._query_products(references[number], start, stop)
             values, sums_gradient = self.load_values(start, stop), self.sums_gradient(output, start, stop)
-            products_gradient = self.gradient_of_features(sums_gradient, state)
+            products_gradient = self.gradient_of_features(sums_gradient, state.transpose(1, 2))
             products_gradient.baddbmm_(self._pairs_gradient(sums_gradient, values), key_features)
             self.feature_map.activate_with_gradient(products, products_gradient)
             self.piece.put(gradient, start, stop, self.by_segment(self.pull_back(products_gradient)))
@@ -216,7 +216,7 @@ class _CausalWork(BlockWork):
             pairs, pairs_gradient = (
                 self._pairs(query_features, key_features), self._pairs_gradient(sums_gradient, values)
             )  # fmt: skip
-            products_gradient = self.gradient_of_features(values, state_gradient)
+            products_gradient = self.gradient_of_features(values, state_gradient.transpose(1, 2))
             products_gradient.baddbmm_(pairs_gradient.transpose(1, 2), query_features)
             values_gradient = torch.bmm(key_features, state_gradient).baddbmm_(pairs.transpose(1, 2), sums_gradient)
             self.feature_map.activate_with_gradient(self.buffer[:, : stop - start], products_gradient)

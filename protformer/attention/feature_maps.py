@@ -166,7 +166,7 @@ class PointwiseMap(FeatureMap):
     def matrix(self, reference: Reference | None, num_rows: int) -> Float[Tensor, "row column feature"] | None:
         if self.weight is None:
             return None
-        return torch.cat((self.weight.T, self.weight.new_ones(1, len(self.weight)))).expand(num_rows, -1, -1)
+        return torch.cat((self.weight.T, self.weight.new_ones(1, len(self.weight)))).repeat(num_rows, 1, 1)
 
     def multiply(self, inputs: Inputs, matrix: Float[Tensor, "row column feature"] | None, out: Block) -> Block:
         if matrix is None:
