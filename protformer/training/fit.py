@@ -118,10 +118,11 @@ def train(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        _fit(trainer, task, datamodule, run, stop)
-        if stop.signal_name is None:
-            metrics.finish(trainer, task)
-        checkpointing.save(trainer, task)
+        with stop.listening():
+            _fit(trainer, task, datamodule, run)
+            checkpointing.save(trainer, task)
+            if stop.signal_name is None:
+                metrics.finish(trainer, task)
     if stop.signal_name is not None:
         raise InterruptedRunError(
             f"stopped by {stop.signal_name} after step {trainer.global_step}; the state is saved in {run.checkpoint};"
@@ -149,12 +150,9 @@ def rows_per_batch(config: RunConfig, *, num_ranks: int) -> int:
     return tokens // unit
 
 
-def _fit(
-    trainer: pl.Trainer, task: MaskedLmTask, datamodule: ProteinDataModule, run: RunFolder, stop: StopRequest
-) -> None:
+def _fit(trainer: pl.Trainer, task: MaskedLmTask, datamodule: ProteinDataModule, run: RunFolder) -> None:
     checkpoint = run.checkpoint if run.checkpoint.exists() else None
-    with stop.listening():
-        trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
 
 
 def _describe(config: RunConfig, store: TokenStore, steps: int, tokens_seen: int) -> ModelDescription:
