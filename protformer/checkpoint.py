@@ -125,6 +125,9 @@ def load_model(path: Path, device: torch.device) -> tuple[ProteinLanguageModel, 
             f"{weights}: does not fit {CONFIG_FILE}: {wrong[0]} is {found.get(wrong[0], 'missing')},"
             f" expected {expected.get(wrong[0], 'nothing')} ({len(wrong)} such tensors)"
         )
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelFolderError(f"{weights}: {name} holds a number that is not finite; the training had diverged")
     model.load_state_dict(tensors, assign=True)
     return model.eval(), description
 

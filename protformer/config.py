@@ -136,6 +136,11 @@ class TrainingConfig:
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         _require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "0 or more")
         _require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            _require(0.0 <= value < 1.0, f"training.{name}", value, "from 0 to below 1")
+        _require(self.adam_epsilon > 0, "training.adam_epsilon", self.adam_epsilon, "above 0")
+        _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
         _require(self.gradient_clip_norm > 0, "training.gradient_clip_norm", self.gradient_clip_norm, "above 0")
         if self.schedule_steps is not None:
             _require(self.schedule_steps >= 1, "training.schedule_steps", self.schedule_steps, "at least 1")

@@ -13,6 +13,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from protformer.cli import run
+from protformer.corpus.token_store import build_token_store
 
 SETTINGS = {
     "model.num_layers": 2,
@@ -171,16 +172,68 @@ def test_an_existing_run_is_refused_without_resume(fasta, undisturbed, capsys):
 def test_a_run_killed_while_its_store_was_built_begins_anew(fasta, undisturbed, tmp_path, resume):
     out = tmp_path / "run"
     (out / ".store.123.tmp").mkdir(parents=True)
+    (out / ".protformer-starting").touch()
     (out / ".store.123.tmp" / "tokens.bin").write_bytes(b"half")
     assert run([*arguments(fasta, out), *resume]) == 0
     assert_same_run(undisturbed, out)
 
 
 def test_a_folder_with_other_things_in_it_is_not_touched(fasta, tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("all of it")
-    assert "exists already" in fails_with(capsys, arguments(fasta, tmp_path))
-    assert "no run to resume here" in fails_with(capsys, [*arguments(fasta, tmp_path), "--resume"])
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    for name in ("thesis.tex", "store", "stores.json"):
+        folder = tmp_path / f"run_{name}"
+        folder.mkdir()
+        (folder / name).write_text("all of it")
+        assert "exists already" in fails_with(capsys, arguments(fasta, folder))
+        assert "no run to resume here" in fails_with(capsys, [*arguments(fasta, folder), "--resume"])
+        assert (folder / name).read_text() == "all of it"
+
+
+def test_input_inside_the_run_folder_is_refused_and_kept(tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    inside = out / ".." / "run" / "a.fa"
+    assert "lies inside the run folder" in fails_with(capsys, arguments(inside, out))
+    assert out.is_dir()
+
+
+def test_an_empty_folder_may_become_the_run_and_stays_after_a_mistake(tmp_path, capsys):
+    bad = tmp_path / "bad.fa"
+    bad.write_text(">x\nMK1V\n")
+    out = tmp_path / "mounted"
+    out.mkdir()
+    (tmp_path / "link").symlink_to(out)
+    fails_with(capsys, arguments(bad, tmp_path / "link"))
+    assert list(out.iterdir()) == []
+
+
+def test_a_diverged_run_keeps_the_last_good_checkpoint(fasta, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = arguments(fasta, out, training__learning_rate="1e30", training__checkpoint_every_steps=1)
+    assert "not finite, the run has diverged" in fails_with(capsys, command)
+    saved = out / "model" / "model.safetensors"
+    assert not saved.exists() or all(np.isfinite(array).all() for array in load_file(saved).values())
+
+
+def test_a_prepared_store_that_was_replaced_is_noticed_on_a_resume(fasta, tmp_path, capsys):
+    store, out = tmp_path / "store", tmp_path / "run"
+    assert run(["prepare", "--fasta", str(fasta), "--out", str(store), "--quiet"]) == 0
+    assert run(arguments(store, out, "--max-steps", 1)) == 0
+    assert "exists already" in fails_with(capsys, ["prepare", "--fasta", str(fasta), "--out", str(store), "--quiet"])
+    other = tmp_path / "other.fa"
+    other.write_text(">x\nMKV\n")
+    build_token_store([other], store)
+    assert "not the one that the run began with" in fails_with(capsys, [*arguments(store, out), "--resume"])
+
+
+def test_a_resume_with_another_validation_file_is_refused(fasta, undisturbed, tmp_path, capsys):
+    other = tmp_path / "other.fa"
+    other.write_text(">x\nMKV\n")
+    assert "--val-fasta" in fails_with(capsys, [*arguments(fasta, undisturbed), "--resume", "--val-fasta", str(other)])
+
+
+def test_a_resume_applies_overrides_to_the_stored_configuration(fasta, undisturbed, tmp_path):
+    command = ["train", "--fasta", str(fasta), "--out", str(undisturbed), "--resume", "--quiet"]
+    assert run([*command, "--set", "training.log_every_steps=1"]) == 0
 
 
 def test_a_resume_needs_a_run(fasta, tmp_path, capsys):

@@ -59,7 +59,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     debug = os.environ.get("PROTFORMER_DEBUG", "") not in ("", "0")
     try:
         result = cli.main(args=arguments, prog_name="protformer", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
         error.show()
@@ -68,7 +69,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted", 130)
     except BrokenPipeError:
         # The reader of our output has left, as `head` does; nothing is wrong. Keep Python from flushing into the void.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ProtformerError as error:
         if debug:

@@ -73,12 +73,24 @@ def command(
     from protformer.inference.embedding_writers import open_embedding_writer
     from protformer.inference.session import open_session
 
+    if max_length is None and on_long != "error":
+        raise click.UsageError("--on-long needs --max-length: without it proteins are embedded whole")
     session = open_session(model_path, device=device, precision=precision)
+    num_blocks = resolve_layer(layer, session.model.config.num_layers)
+    if fasta != "-":
+        next(read_fasta(fasta))  # a file that cannot be read is told before anything is written
     writer = open_embedding_writer(
         out,
         per=per,
         dtype=dtype,
-        description=session.provenance | {"layer": layer, "pooling": "mean over residues"},
+        description=session.provenance
+        | {
+            "layer": layer,
+            "pooling": "mean over residues",
+            "precision": str(session.dtype).removeprefix("torch."),
+            "max_length": max_length or 0,
+            "on_long": on_long,
+        },
         resume=resume,
         save=save_tensors,
     )
@@ -91,7 +103,7 @@ def command(
             session,
             (record for record in records if record.id not in done),
             per=per,
-            layer=resolve_layer(layer, session.model.config.num_layers),
+            layer=num_blocks,
             limit=LengthLimit(max_length=max_length, on_long=on_long),
             report=length_report,
             batch_tokens=batch_tokens,

@@ -22,7 +22,10 @@ from protformer.cli.options import (
 @fasta_option()
 @click.option("--out", required=True, type=FilePath, metavar="DIR", help="Folder for one file a protein or pair.")
 @click.option(
-    "--pairs", type=FilePath, metavar="TSV", help="Lines `a b [label]` of ids: concatenate these two, and map both."
+    "--pairs",
+    type=FilePath,
+    metavar="TSV",
+    help="Lines a<TAB>b[<TAB>label] of ids: concatenate these two, and map both.",
 )
 @click.option("--ids", "ids", multiple=True, metavar="ID", help="Only this protein; may be given several times.")
 @click.option(
@@ -77,6 +80,8 @@ def command(
     from protformer.inference.session import open_session
 
     session = open_session(model_path, device=device, precision=precision)
+    if pairs is not None and session.description.packing == "isolate" and not quiet:
+        click.echo("note: this model was trained with packing: isolate and never saw two proteins together", err=True)
     report = FastaReport()
     records = read_fasta(fasta, on_duplicate=on_duplicate, report=report)
     if pairs is not None and ids:

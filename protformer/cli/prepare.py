@@ -19,7 +19,10 @@ def command(fasta: tuple[str, ...], out: Path, quiet: bool) -> None:
     """
     from protformer.cli.progress import byte_progress
     from protformer.corpus.token_store import build_token_store
+    from protformer.errors import OutputError
 
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out}: exists already; choose another --out, or delete it")
     with byte_progress(fasta, quiet=quiet) as progress:
         manifest = build_token_store(fasta, out, progress=progress)
     if not quiet and (changes := manifest.changes_summary()):

@@ -18,6 +18,9 @@ from protformer.corpus.packing import PackedRow
 
 CHUNK_RESIDUES = 1_000_000
 
+EVALUATION_RATE = 0.15
+"""Share of residues asked for, whatever rate a model was trained with, so that figures of different models compare."""
+
 
 def evaluation_rows(
     proteins: Iterable[NDArray[np.uint8]],

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from protformer.config import MaskingConfig
+from protformer.corpus.evaluation_rows import EVALUATION_RATE
 from protformer.corpus.fasta import SequenceRecord
 from protformer.corpus.masking import SHARES
 from protformer.errors import ConfigError, InputError
@@ -29,12 +30,11 @@ def score_masked_lm(
         raise ConfigError(
             f"--masking {masking}: this model is unidirectional; it predicts next residues and masks nothing"
         )
-    rate = session.description.training.masking_rate
-    scheme = None if masking == "mask" else MaskingConfig(rate=rate, scheme=masking)
+    scheme = None if masking == "mask" else MaskingConfig(rate=EVALUATION_RATE, scheme=masking)
     batches = masked_batches(
         records,
         direction=direction,
-        rate=rate,
+        rate=EVALUATION_RATE,
         training_masking=scheme,
         max_tokens=batch_tokens,
         device=session.device,

@@ -5,6 +5,8 @@ optimizer step, so that all state is that of a whole number of steps.
 """
 
 import csv
+import math
+import os
 import signal
 import sys
 import time
@@ -18,6 +20,7 @@ import lightning.pytorch as pl
 import torch
 
 from protformer.device import peak_memory_gb
+from protformer.errors import InputError
 from protformer.evaluation.masked_lm import MaskedLmScores
 from protformer.training.datamodule import ProteinDataModule, TrainingBatch
 from protformer.training.masked_lm import MaskedLmTask
@@ -123,7 +126,10 @@ class MetricsLog(pl.Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, MaskedLmTask)
-        self.loss_sum += float(pl_module.last_loss_sum)
+        loss_sum = float(pl_module.last_loss_sum)
+        if not math.isfinite(loss_sum):
+            raise _diverged(trainer, "the loss")
+        self.loss_sum += loss_sum
         self.num_asked += batch.num_asked
         self.tokens_seen += batch.num_tokens * trainer.world_size
         self.residues_seen += batch.num_residues * trainer.world_size
@@ -179,6 +185,8 @@ class Checkpointing(StepCallback):
         """Save now, unless this step is saved already."""
         if self.saved_step == trainer.global_step:
             return
+        if not all(bool(parameter.isfinite().all()) for parameter in task.parameters()):
+            raise _diverged(trainer, "a weight")
         self.saved_step = trainer.global_step
         if trainer.is_global_zero:
             write_whole(self.run.checkpoint, trainer.save_checkpoint)
@@ -218,7 +226,8 @@ class StopRequest(StepCallback):
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            print("error: interrupted twice; what came after the last checkpoint is lost", file=sys.stderr, flush=True)
+            os._exit(130)
         self.signal_name = signal.Signals(number).name
         print(f"{self.signal_name}: stopping after this step, then saving", file=sys.stderr)
 
@@ -275,6 +284,13 @@ class Progress(StepCallback):
         if "val_perplexity" in latest:
             parts.append(f"val perplexity {latest['val_perplexity']:.2f}, accuracy {latest['val_accuracy']:.1%}")
         return "  ".join(parts)
+
+
+def _diverged(trainer: pl.Trainer, what: str) -> InputError:
+    return InputError(
+        f"step {trainer.global_step}: {what} is not finite, the run has diverged; the last checkpoint before is kept;"
+        f" begin another run with a lower training.learning_rate"
+    )
 
 
 def _validation_fields(scores: MaskedLmScores | None) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from protformer.alphabet import FIRST_RESIDUE, LAST_RESIDUE
 from protformer.config import RunConfig
-from protformer.corpus.evaluation_rows import evaluation_rows
+from protformer.corpus.evaluation_rows import EVALUATION_RATE, evaluation_rows
 from protformer.corpus.masking import IGNORE, MaskedRow, mask_row, shift_row
 from protformer.corpus.packing import RowPacking, SamplerPosition, build_packing, endless_rows
 from protformer.corpus.token_store import TokenStore
@@ -89,7 +89,7 @@ class ProteinDataModule(pl.LightningDataModule):
         rows = evaluation_rows(
             (store.protein(i) for i in validation_proteins(store, self.config.data.max_validation_residues)),
             direction=self.config.model.direction,
-            rate=self.config.data.masking.rate,
+            rate=EVALUATION_RATE,
             max_tokens=max(self.config.data.max_residues, 16_384),
         )
         for row in islice(rows, rank, None, num_ranks):

@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import torch
 
 from protformer.checkpoint import ModelDescription, TrainingProvenance, save_model
-from protformer.config import RunConfig, parse_duration
+from protformer.config import RunConfig, TrainingConfig, parse_duration
 from protformer.corpus.token_store import TokenStore
 from protformer.device import choose_device, choose_precision, make_deterministic
 from protformer.errors import ConfigError, InputError, InterruptedRunError
@@ -101,27 +101,19 @@ def train(
     if not quiet:
         callbacks.append(Progress(metrics, max_steps=config.training.max_steps))
     with _lightning_kept_quiet():
-        trainer = pl.Trainer(
-            accelerator={"cuda": "gpu"}.get(torch_device.type, torch_device.type),
+        trainer = _build_trainer(
+            config.training,
+            [*callbacks, stop],
+            device=torch_device,
+            uses_bf16=precision == torch.bfloat16,
             devices=devices,
             num_nodes=num_nodes,
-            precision="bf16-mixed" if precision == torch.bfloat16 else "32-true",
-            max_steps=config.training.max_steps,
-            max_epochs=-1,
-            accumulate_grad_batches=config.training.accumulate_batches,
-            gradient_clip_val=config.training.gradient_clip_norm,
-            callbacks=[*callbacks, stop],
-            limit_val_batches=0,
-            use_distributed_sampler=False,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
         )
-        _fit(trainer, task, datamodule, run, stop)
-        if stop.signal_name is None:
-            metrics.finish(trainer, task)
-        checkpointing.save(trainer, task)
+        with stop.listening():
+            _fit(trainer, task, datamodule, run)
+            checkpointing.save(trainer, task)
+            if stop.signal_name is None:
+                metrics.finish(trainer, task)
     if stop.signal_name is not None:
         raise InterruptedRunError(
             f"stopped by {stop.signal_name} after step {trainer.global_step}; the state is saved in {run.checkpoint};"
@@ -149,12 +141,38 @@ def rows_per_batch(config: RunConfig, *, num_ranks: int) -> int:
     return tokens // unit
 
 
-def _fit(
-    trainer: pl.Trainer, task: MaskedLmTask, datamodule: ProteinDataModule, run: RunFolder, stop: StopRequest
-) -> None:
+def _build_trainer(
+    config: TrainingConfig,
+    callbacks: list[pl.Callback],
+    *,
+    device: torch.device,
+    uses_bf16: bool,
+    devices: int,
+    num_nodes: int,
+) -> pl.Trainer:
+    """A trainer that only trains: logs, checkpoints, validation and sampling are this package's own."""
+    return pl.Trainer(
+        accelerator={"cuda": "gpu"}.get(device.type, device.type),
+        devices=devices,
+        num_nodes=num_nodes,
+        precision="bf16-mixed" if uses_bf16 else "32-true",
+        max_steps=config.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=config.accumulate_batches,
+        gradient_clip_val=config.gradient_clip_norm,
+        callbacks=callbacks,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _fit(trainer: pl.Trainer, task: MaskedLmTask, datamodule: ProteinDataModule, run: RunFolder) -> None:
     checkpoint = run.checkpoint if run.checkpoint.exists() else None
-    with stop.listening():
-        trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
 
 
 def _describe(config: RunConfig, store: TokenStore, steps: int, tokens_seen: int) -> ModelDescription:

@@ -7,7 +7,7 @@ data are read; a run folder appears only with its first content.
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -34,8 +34,11 @@ RESUMABLE_CHANGES = frozenset(
 )
 """Fields that may differ on a resume: they do not change what is learned, or only by rounding."""
 
-UNSTARTED_ENTRIES = r"(\.?(store|validation)(\.\d+\.(tmp|old))?)|stores\.json|(stores\.json|config\.yaml)\.partial"
-"""What is in the folder of a run that has not got as far as its config.yaml."""
+STARTING_MARK = ".protformer-starting"
+"""Lies in a run folder that this program has made, until the run has its token stores and config.yaml."""
+
+MADE_WHILE_STARTING = r"(\.?(store|validation)(\.\d+\.(tmp|old))?)|stores\.json(\.partial)?|config\.yaml\.partial"
+"""What may be in such a folder besides the mark; nothing else is ever removed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +85,7 @@ def run_training(request: RunRequest, console: Console) -> str:
         _prepare_stores(request, run, config, console)
     else:
         _check_sources(request, run)
-    write_whole(run.config, lambda partial: partial.write_text(dump_yaml(config), encoding="utf-8"))
+        _write_config(run, config)
     return describe_summary(_train(request, config, run))
 
 
@@ -123,20 +126,20 @@ def _check_folder(run: RunFolder, *, resume: bool) -> bool:
     if run.root.exists() and not run.root.is_dir():
         raise OutputError(f"{run.root}: is a file; choose another --out")
     entries = [entry.name for entry in run.root.iterdir()] if run.root.exists() else []
-    is_unstarted = not run.config.is_file() and all(re.fullmatch(UNSTARTED_ENTRIES, name) for name in entries)
+    is_unstarted = STARTING_MARK in entries and not run.config.is_file()
     if entries and not resume and not is_unstarted:
         raise OutputError(f"{run.root}: exists already; choose another --out, or add --resume to go on with it")
-    if resume and not run.config.is_file() and not (entries and is_unstarted):
+    if resume and not run.config.is_file() and not is_unstarted:
         raise InputError(f"{run.root}: no run to resume here (no config.yaml)")
     return not run.config.is_file()
 
 
 def _resolve_config(request: RunRequest, stored: RunConfig | None) -> RunConfig:
     """The run's configuration; on a resume, that of the stored run unless the request asks for another."""
-    if stored is not None and request.config_source is None and not request.overrides:
-        config = stored
-    else:
-        config = load_run_config(request.config_source, request.overrides)
+    source = request.config_source
+    if source is None and stored is not None:
+        source = str(RunFolder(request.out).config)
+    config = load_run_config(source, request.overrides)
     # --max-steps says where to stop; the schedule keeps the length that the configuration gave it.
     config = override_run(
         config,
@@ -157,14 +160,25 @@ def _resolve_config(request: RunRequest, stored: RunConfig | None) -> RunConfig:
 
 
 def _prepare_stores(request: RunRequest, run: RunFolder, config: RunConfig, console: Console) -> None:
-    with _removed_on_failure(run.root):
-        shutil.rmtree(run.root, ignore_errors=True)  # at most what a start that was killed has left
-        run.root.mkdir(parents=True)
+    _refuse_input_inside(run, request)
+    with _starting(run.root):
         paths = _build_stores(request, run, config, console)
         stores = [TokenStore.open(path) for path in (paths.train, paths.validation) if path is not None]
         if len(stores[0]) == 0:
             raise InputError(f"{', '.join(request.fasta)}: no proteins are left to train on")
         run.save_stores(paths)
+        _write_config(run, config)
+
+
+def _write_config(run: RunFolder, config: RunConfig) -> None:
+    write_whole(run.config, lambda partial: partial.write_text(dump_yaml(config), encoding="utf-8"))
+
+
+def _refuse_input_inside(run: RunFolder, request: RunRequest) -> None:
+    """The run folder is this program's own; a file of the user's in it could be taken for part of the run."""
+    for source in (*request.fasta, *filter(None, [request.validation_fasta])):
+        if source != "-" and Path(source).resolve().is_relative_to(run.root.resolve()):
+            raise OutputError(f"{run.root}: {source} lies inside the run folder; choose another --out")
 
 
 def _build_stores(request: RunRequest, run: RunFolder, config: RunConfig, console: Console) -> StorePaths:
@@ -176,6 +190,8 @@ def _build_stores(request: RunRequest, run: RunFolder, config: RunConfig, consol
         _build([request.validation_fasta], validation, console)
     if given.is_dir():
         TokenStore.open(given)
+        if request.validation_fasta is None:
+            console.tell("nothing is held out: a prepared store is taken whole; give --val-fasta to validate")
         return StorePaths(train=given.resolve(), validation=validation if request.validation_fasta else None)
     if request.validation_fasta is not None:
         _build(request.fasta, train, console)
@@ -210,6 +226,13 @@ def _check_sources(request: RunRequest, run: RunFolder) -> None:
             raise InputError(f"--resume: the run began with {paths.train}, not with {named[0]}")
     elif difference := TokenStore.open(paths.train).difference_from(request.fasta):
         raise InputError(f"--resume: {difference}; a run goes on with the data it began with")
+    if not run.has_stores(paths):
+        raise InputError(f"--resume: {paths.train}: the token store is not the one that the run began with")
+    if request.validation_fasta is not None:
+        if paths.validation is None:
+            raise InputError("--resume: the run began without --val-fasta")
+        if difference := TokenStore.open(paths.validation).difference_from([request.validation_fasta]):
+            raise InputError(f"--resume: --val-fasta: {difference}")
 
 
 def _flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
@@ -224,10 +247,25 @@ def _flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
 
 
 @contextmanager
-def _removed_on_failure(folder: Path) -> Iterator[None]:
-    """A run folder without stores would stand in the way of the next try; it was absent or empty before."""
+def _starting(folder: Path) -> Iterator[None]:
+    """A folder that is marked until the block is done, and as it was before if the block fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_made_while_starting(folder)
+    (folder / STARTING_MARK).touch()
     try:
         yield
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_made_while_starting(folder)
+        (folder / STARTING_MARK).unlink(missing_ok=True)
+        with suppress(OSError):  # it had or has other contents
+            folder.rmdir()
         raise
+    (folder / STARTING_MARK).unlink()
+
+
+def _remove_made_while_starting(folder: Path) -> None:
+    if not (folder / STARTING_MARK).exists():
+        return
+    for entry in folder.iterdir():
+        if re.fullmatch(MADE_WHILE_STARTING, entry.name):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -8,11 +8,15 @@ RUN/model/                    the model folder
 """
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from protformer.corpus.token_store import MANIFEST_FILE
+from protformer.errors import OutputError
 
 METRIC_FIELDS = (
     "step", "tokens", "train_loss", "val_loss", "val_perplexity", "val_accuracy", "learning_rate", "tokens_per_second",
@@ -62,8 +66,18 @@ class RunFolder:
                 return None
             return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
 
-        text = json.dumps({"train": relative(paths.train), "validation": relative(paths.validation)}) + "\n"
+        tree = {
+            "train": relative(paths.train),
+            "validation": relative(paths.validation),
+            "train_sha256": _sha256_of_manifest(paths.train),
+        }
+        text = json.dumps(tree) + "\n"
         write_whole(self.root / "stores.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+
+    def has_stores(self, paths: StorePaths) -> bool:
+        """Whether the training store is still the one that `save_stores` saw."""
+        tree = json.loads((self.root / "stores.json").read_text(encoding="utf-8"))
+        return bool(tree["train_sha256"] == _sha256_of_manifest(paths.train))
 
     def load_stores(self) -> StorePaths:
         tree = json.loads((self.root / "stores.json").read_text(encoding="utf-8"))
@@ -73,13 +87,22 @@ class RunFolder:
         )
 
 
+def _sha256_of_manifest(store: Path) -> str:
+    """Of the file that names the store's sources and counts their residues."""
+    return hashlib.sha256((store / MANIFEST_FILE).read_bytes()).hexdigest()
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary sibling, then put it in the place of `path` in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
     partial.replace(path)
 
 
