@@ -135,7 +135,7 @@ class _CausalWork(BlockWork):
         size = min(CAUSAL_BLOCK_RESIDUES, piece.num_residues)
         super().__init__(q=q, k=k, v=v, piece=piece, feature_map=feature_map, size=size)
         self.ranges = block_ranges(piece.num_residues, size)
-        self.key_features, self.queries, self.query_features = (torch.empty_like(self.buffer) for _ in range(3))
+        self.key_features, self.queries = torch.empty_like(self.buffer), torch.empty_like(self.buffer)
         self.last_matrices: tuple[Reference | None, Tensor | None, Tensor | None] | None = None
         self.pairs, self.pairs_gradient = (self.buffer.new_empty((self.num_rows, size, size)) for _ in range(2))
 
@@ -143,8 +143,9 @@ class _CausalWork(BlockWork):
         """Fill in the output; gives the references."""
         state, references = self.no_state(), [self._first_reference()]
         for start, stop in self.ranges:
-            key_features, exceeds = self._key_features(references[-1], start, stop)
-            query_features = self._activated(self._query_products(references[-1], start, stop), self.query_features)
+            products, exceeds = self._key_products(references[-1], start, stop)
+            key_features = self.feature_map.activate(products)
+            query_features = self.feature_map.activate(self._query_products(references[-1], start, stop))
             values = self.load_values(start, stop)
             sums = torch.bmm(query_features, state, out=self.sums[:, : stop - start])
             sums.baddbmm_(self._pairs(query_features, key_features), values)
@@ -184,7 +185,7 @@ class _CausalWork(BlockWork):
                 careful_states[number] = state
                 state = self._careful(state, references[number], start, stop).state
                 continue
-            key_features, _ = self._key_features(references[number], start, stop)
+            key_features = self.feature_map.activate(self._key_products(references[number], start, stop)[0])
             products = self._query_products(references[number], start, stop)
             values, sums_gradient = self.load_values(start, stop), self.sums_gradient(output, start, stop)
             products_gradient = self.gradient_of_features(sums_gradient, state.transpose(1, 2))
@@ -210,16 +211,16 @@ class _CausalWork(BlockWork):
                     (state, state_gradient), references[number], output[2], gradients, start, stop
                 )
                 continue
-            key_features, _ = self._key_features(references[number], start, stop)
-            query_features = self._activated(self._query_products(references[number], start, stop), self.query_features)
+            products, _ = self._key_products(references[number], start, stop)
+            key_features = self.feature_map.activate(self.key_features[:, : stop - start].copy_(products))
+            query_features = self.feature_map.activate(self._query_products(references[number], start, stop))
             values, sums_gradient = self.load_values(start, stop), self.sums_gradient(output, start, stop)
-            pairs, pairs_gradient = (
-                self._pairs(query_features, key_features), self._pairs_gradient(sums_gradient, values)
-            )  # fmt: skip
+            pairs = self._pairs(query_features, key_features)
+            pairs_gradient = self._pairs_gradient(sums_gradient, values)
             products_gradient = self.gradient_of_features(values, state_gradient.transpose(1, 2))
             products_gradient.baddbmm_(pairs_gradient.transpose(1, 2), query_features)
             values_gradient = torch.bmm(key_features, state_gradient).baddbmm_(pairs.transpose(1, 2), sums_gradient)
-            self.feature_map.activate_with_gradient(self.buffer[:, : stop - start], products_gradient)
+            self.feature_map.activate_with_gradient(products, products_gradient)
             state_gradient.baddbmm_(query_features.transpose(1, 2), sums_gradient)
             self.put_key_gradients(gradients, products_gradient, values_gradient, start, stop)
 
@@ -229,13 +230,11 @@ class _CausalWork(BlockWork):
             return None
         return self.key_products(self.matrix(None), 0, 1)[:, 0].clone()
 
-    def _key_features(self, reference: Reference | None, start: int, stop: int) -> tuple[Block, bool]:
-        """Features, and whether any exceeded the reference too far: that is cut down to what an exponential holds."""
+    def _key_products(self, reference: Reference | None, start: int, stop: int) -> tuple[Block, bool]:
+        """Products, and whether any exceeded the reference too far: that is cut down to what an exponential holds."""
         products = self.key_products(self._matrices(reference)[0], start, stop)
         exceeds = reference is not None and not float(products.amax()) <= LARGEST_EXPONENT
-        return self._activated(
-            products.clamp_(max=LARGEST_EXPONENT) if exceeds else products, self.key_features
-        ), exceeds
+        return products.clamp_(max=LARGEST_EXPONENT) if exceeds else products, exceeds
 
     def _query_products(self, reference: Reference | None, start: int, stop: int) -> Block:
         return self.query_products(
@@ -248,9 +247,6 @@ class _CausalWork(BlockWork):
             of_keys = self.matrix(None if reference is None else -reference)
             self.last_matrices = reference, of_keys, self.matrix(reference)
         return self.last_matrices[1:]
-
-    def _activated(self, products: Block, buffer: Tensor) -> Block:
-        return self.feature_map.activate(buffer[:, : products.shape[1]].copy_(products))
 
     def _pairs(self, query_features: Block, key_features: Block) -> Tensor:
         """A of the module's docstring."""
