@@ -56,6 +56,9 @@ class BlockWork:
     def no_state(self) -> State:
         return self.buffer.new_zeros((self.num_rows, self.buffer.shape[2], self.values.shape[2]))
 
+    def no_transposed_state(self) -> Float[Tensor, "row channel feature"]:
+        return self.buffer.new_zeros((self.num_rows, self.values.shape[2], self.buffer.shape[2]))
+
     def pull_back(self, products_gradient: Block) -> Tensor:
         return self.feature_map.pull_back(products_gradient, self.inputs_gradient[:, : products_gradient.shape[1]])
 

@@ -54,7 +54,7 @@ class _AttendToAll(torch.autograd.Function):
         summaries = []
         with torch.autocast(q.device.type, enabled=False):
             for piece in pieces:
-                work = _PieceWork(q=q, k=k, v=v, piece=piece, feature_map=feature_map)
+                work = _PieceWork(q=q, k=k, v=v, piece=piece, feature_map=feature_map, num_blocks=1)
                 summaries.append(work.forward(output, denominators))
         # The states of many short segments would be more than their features; they are summed again.
         states = [
@@ -75,7 +75,7 @@ class _AttendToAll(torch.autograd.Function):
         gradients = (empty_like(q, ctx.pieces), empty_like(k, ctx.pieces), empty_like(v, ctx.pieces))
         with torch.autocast(q.device.type, enabled=False):
             for piece, *summary in zip(ctx.pieces, references, states, ctx.is_certain, strict=True):
-                work = _PieceWork(q=q, k=k, v=v, piece=piece, feature_map=ctx.feature_map)
+                work = _PieceWork(q=q, k=k, v=v, piece=piece, feature_map=ctx.feature_map, num_blocks=2)
                 work.backward(_Summary(*summary), (output, denominators, gradient), gradients)
         return *gradients, None, None
 
@@ -93,8 +93,11 @@ class _Summary:
 class _PieceWork(BlockWork):
     """Both passes over one piece."""
 
-    def __init__(self, *, q: Heads, k: Heads, v: Values, piece: Piece, feature_map: FeatureMap) -> None:
-        size = block_residues(piece, num_features=q.shape[1] * feature_map.num_features, device=q.device)
+    def __init__(
+        self, *, q: Heads, k: Heads, v: Values, piece: Piece, feature_map: FeatureMap, num_blocks: int
+    ) -> None:
+        num_features = q.shape[1] * feature_map.num_features
+        size = block_residues(piece, num_features=num_features, num_blocks=num_blocks, device=q.device)
         super().__init__(q=q, k=k, v=v, piece=piece, feature_map=feature_map, size=size)
         self.ranges = block_ranges(piece.num_residues, size)
 
@@ -121,10 +124,10 @@ class _PieceWork(BlockWork):
         """Fill in the gradients of q, k and v; `output` are the outputs, their denominators, and their gradient."""
         state = self._sum_keys(summary.reference) if summary.state is None else summary.state
         self.allocate_for_backward()
-        state_gradient = self._differentiate_queries(
+        transposed_gradient = self._differentiate_queries(
             _Summary(summary.reference, state, summary.is_certain), output, gradients[0]
         )
-        self._differentiate_keys(summary.reference, state_gradient, gradients)
+        self._differentiate_keys(summary.reference, transposed_gradient, gradients)
 
     def _guess_reference(self) -> Reference:
         """The largest log feature of some of the keys, so that every feature's sum has a term of 1."""
@@ -146,11 +149,11 @@ class _PieceWork(BlockWork):
 
     def _sum_keys(self, reference: Reference | None) -> State:
         matrix = self.matrix(None if reference is None else -reference)
-        state = self.no_state()
+        transposed = self.no_transposed_state()
         for block in self.ranges:
             features = self.feature_map.activate(self.key_products(matrix, *block))
-            state.baddbmm_(features.transpose(1, 2), self.load_values(*block))
-        return state
+            transposed.baddbmm_(self.load_values(*block).transpose(1, 2), features)
+        return _contiguous_transpose(transposed)
 
     def _attend(self, summary: _Summary, output: Values, denominators: Denominators) -> None:
         matrix = self.matrix(summary.reference)
@@ -159,42 +162,41 @@ class _PieceWork(BlockWork):
             products = self.query_products(matrix, start, stop, centre=summary.is_certain, out=self.buffer)
             sums = torch.bmm(self.feature_map.activate(products), summary.state, out=self.sums[:, : stop - start])
             numerator, denominator = self.by_segment(sums[..., :-1]), self.by_segment(sums[..., -1:])
-            self.piece.put(output, start, stop, numerator.div_(denominator))
+            self.piece.put_quotient(output, start, stop, numerator, denominator)
             self.piece.put(denominators, start, stop, denominator)
 
     def _differentiate_queries(
         self, summary: _Summary, output: tuple[Values, Denominators, Values], gradient: Heads
-    ) -> State:
-        """Fill in the gradient of q; the gradient of the state."""
+    ) -> Tensor:
+        """Fill in the gradient of q; the gradient of the state, transposed."""
         matrix = self.matrix(summary.reference)
         assert summary.state is not None
-        state_gradient = torch.zeros_like(summary.state)
-        transposed = _contiguous_transpose(summary.state)
+        transposed, transposed_gradient = _contiguous_transpose(summary.state), self.no_transposed_state()
         for start, stop in self.ranges:
             products = self.query_products(matrix, start, stop, centre=summary.is_certain, out=self.buffer)
             sums_gradient = self.sums_gradient(output, start, stop)
             products_gradient = self.gradient_of_features(sums_gradient, transposed)
             self.feature_map.activate_with_gradient(products, products_gradient)
-            state_gradient.baddbmm_(products.transpose(1, 2), sums_gradient)
+            transposed_gradient.baddbmm_(sums_gradient.transpose(1, 2), products)
             # What |q|^2 and a query's own reference give is zero: they cancel in the quotient.
             self.piece.put(gradient, start, stop, self.by_segment(self.pull_back(products_gradient)))
-        return state_gradient
+        return transposed_gradient
 
     def _differentiate_keys(
-        self, reference: Reference | None, state_gradient: State, gradients: tuple[Heads, Heads, Values]
+        self, reference: Reference | None, transposed_gradient: Tensor, gradients: tuple[Heads, Heads, Values]
     ) -> None:
         matrix = self.matrix(None if reference is None else -reference)
-        transposed = _contiguous_transpose(state_gradient)
+        state_gradient = _contiguous_transpose(transposed_gradient)
         for start, stop in self.ranges:
             products, values = self.key_products(matrix, start, stop), self.load_values(start, stop)
-            products_gradient = self.gradient_of_features(values, transposed)
+            products_gradient = self.gradient_of_features(values, transposed_gradient)
             self.feature_map.activate_with_gradient(products, products_gradient)
             values_gradient = torch.bmm(products, state_gradient, out=self.sums[:, : stop - start])
             self.put_key_gradients(gradients, products_gradient, values_gradient, start, stop)
 
 
-def _contiguous_transpose(state: State) -> Tensor:
-    """Matrix products with it are faster so, and it is small."""
+def _contiguous_transpose(state: Tensor) -> Tensor:
+    """Sums over residues are faster into (channel, feature), products with the sums from (feature, channel)."""
     return state.transpose(1, 2).contiguous()
 
 

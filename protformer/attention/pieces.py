@@ -21,8 +21,8 @@ from protformer.attention.segments import runs
 
 LONGEST_GATHERED = {"cpu": 160}
 """By type of device; others gather all but batches of equal lengths, as the fixed cost of a step is higher there."""
-NUM_FEATURES_AT_ONCE = {"cpu": 2**19}
-"""Numbers in a block of features, by type of device. The CPU's block stays in the second-level cache of its cores."""
+NUM_FEATURES_AT_ONCE = {"cpu": 2**20}
+"""Features in all blocks that are worked on together, by type of device: on the CPU about what caches hold."""
 LONGEST_GATHERED_ELSEWHERE = 2**16
 NUM_FEATURES_AT_ONCE_ELSEWHERE = 2**25
 
@@ -42,7 +42,21 @@ class Slice:
 
     def put(self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int, part: Tensor) -> None:
         """The inverse of `take`."""
-        x[self.rows, :, self.start + start : self.start + stop] = part
+        self.take(x, start, stop).copy_(part)
+
+    def put_quotient(
+        self,
+        x: Float[Tensor, "batch head residue channel"],
+        start: int,
+        stop: int,
+        numerator: Tensor,
+        denominator: Tensor,
+    ) -> None:
+        """`put` of numerator / denominator, without a copy where dtypes allow it."""
+        if x.dtype == numerator.dtype:
+            torch.div(numerator, denominator, out=self.take(x, start, stop))
+        else:
+            self.put(x, start, stop, numerator / denominator)
 
     def mask(self, start: int, stop: int) -> None:
         """Every place holds a residue."""
@@ -74,6 +88,17 @@ class Gather:
             x.dtype
         )
 
+    def put_quotient(
+        self,
+        x: Float[Tensor, "batch head residue channel"],
+        start: int,
+        stop: int,
+        numerator: Tensor,
+        denominator: Tensor,
+    ) -> None:
+        """`put` of numerator / denominator."""
+        self.put(x, start, stop, numerator / denominator)
+
     def mask(self, start: int, stop: int) -> Bool[Tensor, "segment 1 place 1"]:
         """False at copies."""
         return self.is_residue[:, None, start:stop, None]
@@ -97,9 +122,13 @@ def lay_out(segments: Segments, *, num_features: int) -> list[Piece]:
     return [*_slices(long, num_residues), *_gathers(short, num_residues, segments.device)]
 
 
-def block_residues(piece: Piece, *, num_features: int, device: torch.device) -> int:
-    """Residues of each segment of a piece in a block of features; `num_features` of all heads together."""
-    return min(piece.num_residues, max(16, features_at_once(device) // (num_features * piece.num_segments)))
+def block_residues(piece: Piece, *, num_features: int, num_blocks: int, device: torch.device) -> int:
+    """Residues of each segment of a piece in a block of features; `num_features` of all heads together.
+
+    `num_blocks` are worked on together: features, and their gradients.
+    """
+    features = features_at_once(device) // num_blocks
+    return min(piece.num_residues, max(16, features // (num_features * piece.num_segments)))
 
 
 def features_at_once(device: torch.device) -> int:

@@ -8,10 +8,9 @@ estimators see the same queries, keys and values in one draw, so that they can b
 
 import math
 import statistics
-import typing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -27,8 +26,6 @@ Rows: TypeAlias = Float[Tensor, "residue head_dim"]
 
 QUERY_BLOCK = 1024
 """Queries whose exact attention is computed at once."""
-NOT_ESTIMATORS = ("kind", "orthogonal", "row_norms", "qk_norm")
-"""Fields of FavorConfig that the named variants set, or that change what is estimated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,23 +91,19 @@ TRIGONOMETRIC = "trigonometric, orthogonal"
 
 
 def variants() -> list[Variant]:
-    """The paper's estimators, and each further choice that the configuration of `favor` offers, one at a time."""
+    """The paper's estimators and what came after them."""
     paper = FavorConfig(features="positive", orthogonal=True, row_norms="chi")
-    found = [
+    return [
         Variant(name=IID, config=replace(paper, orthogonal=False)),
         Variant(name="positive, orthogonal, chi", config=paper),
         Variant(name="positive, orthogonal, sqrt_d", config=replace(paper, row_norms="sqrt_d")),
         Variant(name=TRIGONOMETRIC, config=None),
+        Variant(name="hyperbolic, orthogonal, chi", config=replace(paper, features="hyperbolic")),
+        Variant(
+            name="hyperbolic, orthogonal, sqrt_d", config=replace(paper, features="hyperbolic", row_norms="sqrt_d")
+        ),
+        Variant(name="FAVOR++, orthogonal", config=replace(paper, features="favor++")),
     ]
-    hints = typing.get_type_hints(FavorConfig)
-    for field in fields(FavorConfig):
-        kind = hints[field.name]
-        choices = (True, False) if kind is bool else typing.get_args(kind) if _is_choice(kind) else ()
-        others = [choice for choice in choices if choice != getattr(paper, field.name)]
-        if field.name not in NOT_ESTIMATORS:
-            changed = ((choice, replace(paper, **{field.name: choice})) for choice in others)
-            found += [Variant(name=f"{field.name}: {choice}", config=config) for choice, config in changed]
-    return found
 
 
 def output_errors(
@@ -145,9 +138,12 @@ def estimate(variant: Variant, num_features: int, q: Rows, k: Rows, v: Rows, *, 
         return trigonometric_attention(q, k, v, num_features, seed=seed)
     config = replace(variant.config, num_features=num_features)
     attention = build_attention(config, head_dim=q.shape[1], num_heads=1, causal=False, seed=seed, layer=0)
-    one_segment = torch.ones(1, len(q), dtype=torch.int64)
+    inputs = (q[None, None], k[None, None], v[None, None], torch.ones(1, len(q), dtype=torch.int64))
     with torch.no_grad():
-        attended: Tensor = attention(q[None, None], k[None, None], v[None, None], one_segment)
+        if config.features == "favor++":
+            attention(*inputs)  # gathers the moments of queries and keys, as training does
+            attention.redraw(step=0)
+        attended: Tensor = attention(*inputs)
     return attended[0, 0]
 
 
@@ -233,7 +229,3 @@ def _draw_inputs(length: int, head_dim: int, scale: float, seed: int) -> tuple[R
 def _random_model(config: ModelConfig, seed: int) -> ProteinLanguageModel:
     torch.manual_seed(seed)
     return ProteinLanguageModel(config, seed=seed).eval()
-
-
-def _is_choice(kind: object) -> bool:
-    return typing.get_origin(kind) is Literal
