@@ -25,10 +25,7 @@ class FavorConfig:
     """Divide each channel of the keys, and multiply that of the queries, so that both have the size that training has
     seen of their product (SADERF): exact for the kernel, less variance where they differ."""
     covariance: Literal["identity", "diagonal"] = "identity"
-    """`diagonal` learns one scale for each channel of queries and keys together, and so the covariance of features."""
-    qk_norm: bool = False
-    """Queries and keys are divided by their root mean square, and each of their channels is multiplied by a learned
-    number: bounds the size of the logits, on which the error of random features depends."""
+    """`diagonal` learns a scale for each rotary pair of channels, and so the covariance of the features."""
     redraw_every_steps: int = 1000
     """0 keeps the first draw for good."""
 

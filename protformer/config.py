@@ -40,6 +40,9 @@ class ModelConfig:
     direction: Direction = "bidirectional"
     """`bidirectional` is a masked language model, `unidirectional` predicts each next residue from those before."""
     attention: AttentionConfig = field(default_factory=FavorConfig)
+    qk_norm: bool = False
+    """Divide each query and key by its root mean square before the rotary turn, and scale its channels by learned
+    numbers: bounds the logits, on whose size the error of random features depends."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "hidden_size", "feed_forward_size"):
@@ -126,6 +129,8 @@ class TrainingConfig:
     """`auto`: bf16 autocast where the device multiplies bf16 in hardware, else fp32."""
     validate_every_steps: int = 1000
     log_every_steps: int = 50
+    log_readiness: bool = False
+    """At each validation, `readiness.csv` gets a line a layer: could random features estimate its attention?"""
     checkpoint_every_steps: int = 500
 
     def __post_init__(self) -> None:

@@ -32,20 +32,19 @@ def favor_weights(
     features: str = "positive",
     moments: Tensor | None = None,
     rescale: bool = False,
-    scales: tuple[Tensor, Tensor] | None = None,
     covariance_root: Tensor | None = None,
 ) -> Tensor:
     """phi(q) . phi(k), normalised over k; phi as in Choromanski et al. 2021, lemma 1 (SM+), on vectors times
     d^-1/4.
 
     The dot products are taken as a log-sum-exp over features, so that they hold for vectors of any length.
-    `moments` are the means of q, k, q^2 and k^2 by head and channel; `scales` those of normalised queries and keys.
+    `moments` are the means of q, k, q^2 and k^2 by head and channel; `covariance_root` has one
+    number for channels c and c + d / 2 together.
     """
     q, k = q.double(), k.double()
-    if scales is not None:
-        q, k = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * s for x, s in zip((q, k), scales, strict=True))
     if covariance_root is not None:
-        q, k = q * covariance_root, k * covariance_root
+        root = torch.cat((covariance_root, covariance_root), dim=-1).double()
+        q, k = q * root, k * root
     psi = torch.ones(q.shape[1], q.shape[3], dtype=torch.float64)
     if rescale:
         # Likhosherstov et al. 2023: Psi_l = (sum k_l^2 / sum q_l^2)^(1/4).

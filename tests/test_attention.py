@@ -24,7 +24,6 @@ CONFIGS: dict[str, AttentionConfig] = {
     "favor-hyperbolic": FavorConfig(num_features=24, features="hyperbolic"),
     "favor-damped": FavorConfig(num_features=24, features="favor++", row_norms="chi", rescale=True),
     "favor-scaled": FavorConfig(num_features=24, rescale=True, covariance="diagonal"),
-    "favor-normalised": FavorConfig(num_features=24, qk_norm=True),
     "generalized-orthogonal": GeneralizedConfig(num_features=24, projection="orthogonal"),
     "generalized-none": GeneralizedConfig(projection="none"),
     "generalized-exp": GeneralizedConfig(num_features=24, function="exp", projection="iid"),
@@ -60,7 +59,6 @@ def oracle_weights(name: str, attention: Attention, q: Tensor, k: Tensor, segmen
     config, state = CONFIGS[name], attention.state_dict()
     projection = state.get("random_features.projection")
     if isinstance(config, FavorConfig):
-        scales = (state["query_scale"], state["key_scale"]) if config.qk_norm else None
         return reference.favor_weights(
             q,
             k,
@@ -70,7 +68,6 @@ def oracle_weights(name: str, attention: Attention, q: Tensor, k: Tensor, segmen
             features=config.features,
             moments=state.get("moments.average"),
             rescale=config.rescale,
-            scales=scales,
             covariance_root=state.get("covariance_root"),
         )
     if isinstance(config, GeneralizedConfig):

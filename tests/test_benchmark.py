@@ -9,6 +9,7 @@ import pytest
 import torch
 from reference import exact_weights
 
+from protformer.attention.feature_maps import ExponentialMap
 from protformer.attention.random_features import draw_projection
 from protformer.benchmark import memory, timing
 from protformer.benchmark.analysis import advantages, crossover, crossovers, floors, operations, scaling
@@ -23,13 +24,13 @@ from protformer.benchmark.approximation import (
 from protformer.benchmark.cases import Case, Grid, Row, attention_cases, model_cases
 from protformer.benchmark.measure import Limits, measure
 from protformer.benchmark.memory import TooMuchError, probe
-from protformer.benchmark.model_readiness import model_readiness
 from protformer.benchmark.timing import alternate
 from protformer.benchmark.workloads import prepare
 from protformer.checkpoint import ModelDescription, save_model
 from protformer.cli import run
 from protformer.config import ExactConfig, FavorConfig, ModelConfig, decode
 from protformer.errors import ProtformerError
+from protformer.evaluation.model_readiness import model_readiness
 from protformer.evaluation.readiness import Readiness, measure_readiness
 from protformer.model.masked_lm_head import ProteinLanguageModel
 
@@ -235,11 +236,17 @@ def test_readiness_is_what_its_definitions_say():
     queries = torch.tensor([1, 8, 10])
     for causal in (False, True):
         found = measure_readiness(
-            q, k, v, segments, linear=linear, projection=projection, queries=queries, causal=causal
+            q, k, v, segments, linear=linear, feature_map=features(projection), queries=queries, causal=causal
         )
         expected = naive_readiness(q, k, v, segments, linear, projection.double(), [1, 8, 10], causal)
         assert found.as_json() == pytest.approx(expected, rel=1e-9)
         assert found.num_queries == 2 * (3 + 2)
+
+
+def features(projection):
+    """Positive features of vectors that are not scaled yet."""
+    root = projection.shape[1] ** 0.25
+    return ExponentialMap(weight=projection.double() / root, bias=None, factor=0.5 / root**2)
 
 
 def naive_readiness(q, k, v, segments, linear, projection, queries, causal):
@@ -278,8 +285,8 @@ def test_readiness_adds_up_over_batches():
     torch.manual_seed(0)
     q, k, v, linear = (torch.randn(2, 2, 12, 4) for _ in range(4))
     shared = {
-        "projection": draw_projection(
-            6, 4, orthogonal=True, row_norms="chi", generator=torch.Generator().manual_seed(1)
+        "feature_map": features(
+            draw_projection(6, 4, orthogonal=True, row_norms="chi", generator=torch.Generator().manual_seed(1))
         ),
         "queries": torch.arange(12),
         "causal": False,
@@ -319,6 +326,19 @@ def test_readiness_of_a_linear_model_uses_its_own_attention():
     own, more = (model_readiness(model, [[5, 6, 7] * 9], num_features=m, advance=lambda n: None) for m in (None, 4096))
     assert own[0].readiness.num_features == 8
     assert more[0].readiness.relative_error < own[0].readiness.relative_error
+
+
+def test_readiness_compares_with_exact_attention_of_the_kernel_that_was_learned():
+    attention = FavorConfig(num_features=8, covariance="diagonal")
+    model = ProteinLanguageModel(replace(SIZES, attention=attention), seed=0).eval()
+    with torch.no_grad():
+        for block in model.encoder.blocks:
+            block.attention.covariance_root.fill_(1e-3)  # hardly any logits are left: nothing is hard to estimate
+    for count in (None, 16):
+        for layer in model_readiness(model, [[5, 6, 7] * 9], num_features=count):
+            assert layer.readiness.logit_spread < 1e-4
+            assert layer.readiness.relative_error < 1e-3
+            assert layer.propagated_error < 1e-3
 
 
 def test_benchmark_approximation_reports_on_a_model_and_its_proteins(capsys, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from protformer.attention import build_attention
@@ -10,11 +10,12 @@ from protformer.attention.favor import FavorAttention
 from protformer.attention.interface import Attention
 from protformer.config import FavorConfig
 from protformer.errors import ConfigError
+from protformer.model.rotary import rotary_angles, rotate
 
 CONFIGS = {
     "default": FavorConfig(num_features=16, redraw_every_steps=2),
     "damped": FavorConfig(num_features=16, features="favor++", row_norms="chi", rescale=True, redraw_every_steps=2),
-    "learned": FavorConfig(num_features=16, covariance="diagonal", qk_norm=True, redraw_every_steps=2),
+    "learned": FavorConfig(num_features=16, covariance="diagonal", redraw_every_steps=2),
 }
 over_configs = pytest.mark.parametrize("name", CONFIGS)
 SEGMENTS = torch.tensor([[1] * 20 + [2] * 15 + [0] * 5, [1] * 40])
@@ -110,12 +111,23 @@ def test_evaluation_gathers_no_statistics() -> None:
         assert torch.equal(value, before[key])
 
 
-def test_scales_are_learned_in_both_kinds_of_normalisation() -> None:
+def test_the_covariance_is_learned_and_positions_stay_relative() -> None:
     attention = build("learned")
     attention(*draw(0), SEGMENTS).square().sum().backward()
-    names = {name for name, parameter in attention.named_parameters() if parameter.grad is not None}
-    assert names == {"query_scale", "key_scale", "covariance_root"}
-    assert all(isinstance(parameter, nn.Parameter) for parameter in attention.parameters())
+    ((name, root),) = attention.named_parameters()
+    assert name == "covariance_root"
+    assert root.grad is not None
+    torch.nn.init.uniform_(root, 0.5, 2.0)
+    q, k, _ = (x.detach() for x in draw(1))
+    angles = [rotary_angles(torch.arange(40).expand(2, -1) + offset, 8) for offset in (0, 100)]
+    exact = [torch.softmax(_logits(attention, rotate(q, *turn), rotate(k, *turn)), -1) for turn in angles]
+    torch.testing.assert_close(exact[0], exact[1], rtol=1e-4, atol=1e-6)
+
+
+def _logits(attention: Attention, q: Tensor, k: Tensor) -> Tensor:
+    assert isinstance(attention, FavorAttention)
+    q, k = attention.prepare(q, k)
+    return q @ k.transpose(-1, -2) / 8**0.5
 
 
 @pytest.mark.parametrize(

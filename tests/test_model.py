@@ -45,6 +45,21 @@ def test_a_protein_gives_the_same_logits_alone_padded_and_packed(attention, dire
     torch.testing.assert_close(packed[len(first) : len(first) + len(second)], alone[1], rtol=1e-4, atol=1e-4)
 
 
+def test_normalised_queries_and_keys_bound_the_logits_and_keep_positions_relative():
+    model = make_model(ExactConfig(), qk_norm=True)
+    block = model.encoder.blocks[0]
+    with torch.no_grad():
+        block.query_key_value.weight.mul_(100)
+    x = torch.randn(1, 6, 16).expand(2, -1, -1)
+    positions = torch.stack([torch.arange(6), torch.arange(50, 56)])
+    q, k, _ = block.queries_keys_values(x, rotary_angles(positions, 8))
+    logits = q @ k.transpose(-1, -2) / math.sqrt(8)
+    largest = block.query_norm.weight.abs().max() * block.key_norm.weight.abs().max() * math.sqrt(8)
+    assert logits.abs().max() <= largest * 1.001
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
+    assert not make_model(ExactConfig()).state_dict().keys() & {"encoder.blocks.0.query_norm.weight"}
+
+
 @pytest.mark.parametrize("attention", KINDS, ids=lambda a: a.kind)
 def test_chained_proteins_of_one_segment_do_see_each_other(attention):
     model = make_model(attention)

@@ -53,10 +53,14 @@ def metrics(out):
         ]
 
 
-def assert_same_run(first, second):
+def assert_same_weights(first, second):
     ours, theirs = weights(first), weights(second)
     assert ours.keys() == theirs.keys()
     assert all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
+
+
+def assert_same_run(first, second):
+    assert_same_weights(first, second)
     assert metrics(first) == metrics(second)
     assert (first / "model" / "config.json").read_text() == (second / "model" / "config.json").read_text()
 
@@ -153,8 +157,23 @@ def test_isolated_packing_and_next_residue_prediction_resume_too(fasta, tmp_path
     assert run(arguments(fasta, whole, **changes)) == 0
     assert run(arguments(fasta, parts, "--max-steps", 3, **changes)) == 0
     assert run(arguments(fasta, parts, "--resume", **changes)) == 0
-    assert weights(whole).keys() == weights(parts).keys()
-    assert all(weights(whole)[name].tobytes() == weights(parts)[name].tobytes() for name in weights(whole))
+    assert_same_weights(whole, parts)
+
+
+def test_the_readiness_of_the_layers_is_logged_and_changes_nothing(fasta, undisturbed, tmp_path):
+    def rows():
+        with (out / "readiness.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    out = tmp_path / "watched"
+    watched = ["--set", "training.log_readiness=true"]
+    assert run([*arguments(fasta, out, "--max-steps", 6), *watched]) == 0
+    first, _ = rows()
+    assert (first["step"], first["layer"]) == ("4", "1")
+    assert 0 < float(first["relative_error"]) < 10
+    assert run([*arguments(fasta, out), *watched, "--resume"]) == 0
+    assert [row["step"] for row in rows()] == ["4", "4", "8", "8"]
+    assert_same_weights(undisturbed, out)
 
 
 def fails_with(capsys, command, code=1):

@@ -23,7 +23,9 @@ is told in `linear` and `causal`, which do the work.
 Further choices, each of which leaves all this as it is. `hyperbolic` takes every row of W with both signs. `favor++`
 adds A |w_r|^2 to log phi(x)_r, with W times sqrt(1 - 4 A) (Likhosherstov et al. 2022); A is the best for the mean
 |q + k|^2 of past training steps. `rescale` replaces q and k by q Psi and k / Psi (SADERF, Likhosherstov et al.
-2023), Psi from past steps too. `covariance` and `qk_norm` change what attention is, not how it is estimated.
+2023), Psi from past steps too. `covariance` is no estimator of the same kernel but another one, exp(q^T M k / sqrt(d))
+with a learned diagonal M: channels c and c + d / 2, which rotary positions turn together, share an entry, so that M
+commutes with the turns and the kernel still depends on differences of positions only.
 """
 
 import torch
@@ -37,9 +39,6 @@ from protformer.attention.interface import Heads, Segments
 from protformer.attention.linear_kind import LinearAttention
 from protformer.attention.random_features import RandomFeatures
 from protformer.config import FavorConfig
-
-NORM_EPSILON = 1e-6
-"""Keeps the root mean square of a query or key of zeros above zero."""
 
 
 class FavorAttention(LinearAttention):
@@ -63,10 +62,8 @@ class FavorAttention(LinearAttention):
         )
         needs_moments = config.rescale or config.features == "favor++"
         self.moments = Moments(num_heads=num_heads, head_dim=head_dim) if needs_moments else None
-        self.query_scale, self.key_scale = (
-            _scale(num_heads, head_dim) if config.qk_norm else None for _ in ("query", "key")
-        )
-        self.covariance_root = _scale(num_heads, head_dim) if config.covariance == "diagonal" else None
+        has_covariance = config.covariance == "diagonal"
+        self.covariance_root = nn.Parameter(torch.ones(num_heads, 1, head_dim // 2)) if has_covariance else None
 
     def feature_map(self, head_dim: int, dtype: torch.dtype) -> ExponentialMap:
         weight, bias = self.random_features.projection.to(dtype), None
@@ -85,8 +82,8 @@ class FavorAttention(LinearAttention):
             self.moments.take_over()
 
     def prepare(self, q: Heads, k: Heads) -> tuple[Heads, Heads]:
-        """What is normalised and scaled before the features."""
-        q, k = self._normalize(q, k)
+        """Queries and keys, scaled as the features expect them."""
+        q, k = self._with_covariance(q, k)
         if self.rescale:
             assert self.moments is not None
             psi = self.moments.rescaling(compute_dtype(q, k)).unsqueeze(1)
@@ -95,24 +92,14 @@ class FavorAttention(LinearAttention):
 
     def _attend(self, q: Heads, k: Heads, v: Values, segments: Segments) -> Values:
         if self.moments is not None and self.training:
-            self.moments.gather(*self._normalize(q.detach(), k.detach()), segments)
+            self.moments.gather(*self._with_covariance(q.detach(), k.detach()), segments)
         return super()._attend(q, k, v, segments)
 
-    def _normalize(self, q: Heads, k: Heads) -> tuple[Heads, Heads]:
-        if self.query_scale is not None and self.key_scale is not None:
-            q, k = _normalized(q, self.query_scale), _normalized(k, self.key_scale)
-        if self.covariance_root is not None:
-            q, k = _multiply(q, self.covariance_root), _multiply(k, self.covariance_root)
-        return q, k
-
-
-def _scale(num_heads: int, head_dim: int) -> nn.Parameter:
-    return nn.Parameter(torch.ones(num_heads, 1, head_dim))
-
-
-def _normalized(x: Heads, scale: Float[Tensor, "head 1 head_dim"]) -> Heads:
-    x = x.to(compute_dtype(x))
-    return _multiply(x * (x.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt(), scale)
+    def _with_covariance(self, q: Heads, k: Heads) -> tuple[Heads, Heads]:
+        if self.covariance_root is None:
+            return q, k
+        root = self.covariance_root.repeat(1, 1, 2)
+        return _multiply(q, root), _multiply(k, root)
 
 
 def _multiply(x: Heads, scale: Float[Tensor, "head 1 head_dim"]) -> Heads:

@@ -105,7 +105,7 @@ class ExponentialMap(FeatureMap):
             torch.sum((copy * copy).mul_(-self.factor), dim=-1, out=inputs[..., -2])
         return inputs
 
-    def logarithms(self, x: Float[Tensor, "row place head_dim"], *, is_key: bool) -> Float[Tensor, "row place feature"]:
+    def logarithms(self, x: Float[Tensor, "... head_dim"], *, is_key: bool) -> Float[Tensor, "... feature"]:
         """log phi of keys; of queries up to a number for each, which cancels."""
         products = x @ self.weight.T
         if self.bias is not None:

@@ -20,6 +20,7 @@ from protformer.alphabet import FIRST_RESIDUE, LAST_RESIDUE
 from protformer.attention import build_attention
 from protformer.attention.random_features import draw_projection, projection_generator
 from protformer.config import ExactConfig, FavorConfig, ModelConfig
+from protformer.evaluation.model_readiness import hidden_by_layer
 from protformer.model.masked_lm_head import ProteinLanguageModel
 
 Rows: TypeAlias = Float[Tensor, "residue head_dim"]
@@ -192,17 +193,6 @@ def layer_errors(
     for num_features, by_draw in errors.items():
         for layer, values in enumerate(zip(*by_draw, strict=True), start=1):
             yield LayerError(num_features=num_features, layer=layer, relative=median_interval(values))
-
-
-@torch.no_grad()
-def hidden_by_layer(model: ProteinLanguageModel, tokens: Tensor) -> list[Tensor]:
-    """Hidden states after each block of rows that are one segment each."""
-    states: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda *call: states.append(call[2])) for block in model.encoder.blocks]
-    model.encoder(tokens, torch.ones_like(tokens))
-    for hook in hooks:
-        hook.remove()
-    return states
 
 
 def relative_error(estimate: Tensor, exact: Tensor) -> float:

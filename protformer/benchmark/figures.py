@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from protformer.benchmark.analysis import series_of
 from protformer.benchmark.approximation import Interval, LayerError, OutputError
 from protformer.benchmark.cases import IDENTITY, PEER, Row
-from protformer.benchmark.model_readiness import LayerReport
 from protformer.evaluation.figures import INK, plain_frame, save_figure
+from protformer.evaluation.model_readiness import LayerReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from protformer.cli.options import FilePath, device_option, json_option, quiet_o
 from protformer.config import Direction
 
 if TYPE_CHECKING:
-    from protformer.benchmark.model_readiness import LayerReport
+    from protformer.evaluation.model_readiness import LayerReport
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -221,12 +221,12 @@ def _report_readiness(
 ) -> None:
     from itertools import islice
 
-    from protformer.benchmark.model_readiness import model_readiness, random_proteins
     from protformer.checkpoint import load_model
     from protformer.cli.benchmark_tables import readiness_table
     from protformer.cli.progress import count_progress
     from protformer.corpus.fasta import FastaReport, read_fasta
     from protformer.device import choose_device, describe_machine
+    from protformer.evaluation.model_readiness import model_readiness, random_proteins
 
     chosen = choose_device(device)
     model, description = load_model(model_path, chosen)

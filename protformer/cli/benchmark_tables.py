@@ -7,7 +7,7 @@ from rich.table import Table
 from protformer.benchmark.analysis import Crossover, advantages, crossovers, floors, scaling
 from protformer.benchmark.approximation import Interval, LayerError, OutputError
 from protformer.benchmark.cases import Row, implementation_name
-from protformer.benchmark.model_readiness import LayerReport
+from protformer.evaluation.model_readiness import LayerReport
 
 
 def cost_tables(rows: Sequence[Row], rates: Mapping[str, float], title: str) -> list[Table | str]:

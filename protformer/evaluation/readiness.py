@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from protformer.attention.feature_maps import ExponentialMap
+
 Heads = Float[Tensor, "batch head residue head_dim"]
 
 
@@ -83,14 +85,14 @@ def measure_readiness(
     segments: Int[Tensor, "batch residue"],
     *,
     linear: Heads,
-    projection: Float[Tensor, "feature head_dim"],
+    feature_map: ExponentialMap,
     queries: Int[Tensor, " query"],
     causal: bool,
 ) -> Readiness:
     """Figures of one layer at the positions `queries` of each row (padding among them does not count).
 
-    `linear` is what linear attention gave for all positions; `projection` are the rows W of its positive features, or
-    of those that it would have.
+    `linear` is what linear attention gave for all positions; `feature_map` are its features, in float64, or those that
+    it would have.
     """
     q, k, v, linear = (x.double() for x in (q, k, v, linear))
     q, linear = q[:, :, queries], linear[:, :, queries]
@@ -104,10 +106,10 @@ def measure_readiness(
     norms = (q.square().sum(-1)[..., None] + k.square().sum(-1)[:, :, None]) / root + 2 * logits
     exact = logits.masked_fill(~visible & (seen > 0), -torch.inf).softmax(-1) @ v
     pooled = visible.double() @ v / seen.clamp(min=1)
-    effective = _effective_features(q, k, visible, projection.double())
+    effective = _effective_features(q, k, visible, feature_map)
     kept = counts[..., None]
     return Readiness(
-        num_features=projection.shape[0],
+        num_features=feature_map.num_features,
         num_pairs=float(visible.expand_as(logits).sum()),
         num_queries=float(counts.sum()),
         norm_sum=float(norms.masked_fill(~visible, 0).sum()),
@@ -137,16 +139,11 @@ def _effective_features(
     q: Float[Tensor, "batch head query head_dim"],
     k: Heads,
     visible: Bool[Tensor, "batch 1 query residue"],
-    projection: Float[Tensor, "feature head_dim"],
+    feature_map: ExponentialMap,
 ) -> Float[Tensor, "batch head query"]:
     """Sums over keys relative to each feature's largest key, all else as logarithms, so that nothing underflows."""
-    log_q, log_k = (_log_features(x, projection) for x in (q, k))
+    log_q, log_k = feature_map.logarithms(q, is_key=False), feature_map.logarithms(k, is_key=True)
     reference = log_k.amax(dim=2, keepdim=True)
     keys = visible.double() @ (log_k - reference).exp()
     shares = log_q + reference + keys.log()
     return (2 * shares.logsumexp(-1) - (2 * shares).logsumexp(-1)).exp()
-
-
-def _log_features(x: Tensor, projection: Tensor) -> Tensor:
-    x = x * x.shape[-1] ** -0.25
-    return x @ projection.T - x.square().sum(-1, keepdim=True) / 2

@@ -7,7 +7,8 @@ nothing as wide as the feed-forward is ever as long as the row: a row of a milli
 states, queries, keys and values.
 
 Source: pre-LN Transformer (Xiong et al. 2020), as in ESM-2 and in the released protein_lm; rotary positions (Su et
-al. 2021) instead of the paper's learned absolute ones, so that no longest length is built in.
+al. 2021) instead of the paper's learned absolute ones, so that no longest length is built in; optional normalisation of
+queries and keys (Henry et al. 2020, with RMSNorm).
 """
 
 from collections.abc import Callable, Iterator
@@ -104,6 +105,9 @@ class Block(nn.Module):
         self.num_heads = config.num_heads
         self.attention_norm = nn.LayerNorm(size)
         self.query_key_value = nn.Linear(size, 3 * size)
+        self.query_norm, self.key_norm = (
+            nn.RMSNorm(config.head_dim) if config.qk_norm else nn.Identity() for _ in ("query", "key")
+        )
         self.attention = build_attention(
             config.attention,
             head_dim=config.head_dim,
@@ -141,6 +145,7 @@ class Block(nn.Module):
         def project(part: slice) -> tuple[Tensor, Tensor, Tensor]:
             projected = self.query_key_value(self.attention_norm(x[:, part]))
             q, k, v = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k = self.query_norm(q), self.key_norm(k)
             turn = cosine[:, :, part], sine[:, :, part]
             return rotate(q, *turn), rotate(k, *turn), v
 

@@ -34,6 +34,7 @@ from protformer.training.callbacks import (
 )
 from protformer.training.datamodule import ProteinDataModule
 from protformer.training.masked_lm import MaskedLmTask
+from protformer.training.readiness_log import MAX_PROTEINS, ReadinessLog
 from protformer.training.run_folder import RunFolder, read_metrics
 
 
@@ -98,6 +99,9 @@ def train(
         metrics,
         checkpointing,
     ]
+    if config.training.log_readiness and validation_store is not None:
+        proteins = [validation_store.protein(i).tolist() for i in range(min(MAX_PROTEINS, len(validation_store)))]
+        callbacks.append(ReadinessLog(run, proteins, every_steps=config.training.validate_every_steps))
     if not quiet:
         callbacks.append(Progress(metrics, max_steps=config.training.max_steps))
     with _lightning_kept_quiet():

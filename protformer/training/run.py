@@ -27,6 +27,7 @@ RESUMABLE_CHANGES = frozenset(
         "max_steps",
         "max_time",
         "validate_every_steps",
+        "log_readiness",
         "log_every_steps",
         "checkpoint_every_steps",
         "precision",

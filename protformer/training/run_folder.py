@@ -2,7 +2,7 @@
 
 RUN/config.yaml               resolved configuration
 RUN/store, RUN/validation     token stores (validation is absent when nothing is held out)
-RUN/metrics.csv, curves.png   figures as they come
+RUN/metrics.csv, curves.png   figures as they come; also readiness.csv if training.log_readiness is on
 RUN/checkpoints/last.ckpt     state for --resume only
 RUN/model/                    the model folder
 """
@@ -11,7 +11,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.csv"
+
+    @property
+    def readiness(self) -> Path:
+        return self.root / "readiness.csv"
 
     @property
     def curves(self) -> Path:
@@ -114,12 +118,12 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def keep_metrics_until(path: Path, step: int) -> None:
+def keep_metrics_until(path: Path, step: int, fields: Sequence[str] = METRIC_FIELDS) -> None:
     """Drop rows behind `step`: a run that was killed had gone further than its last checkpoint."""
 
     def write(partial: Path) -> None:
         with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, METRIC_FIELDS)
+            writer = csv.DictWriter(file, fields)
             writer.writeheader()
             writer.writerows(kept)
 

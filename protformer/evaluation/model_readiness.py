@@ -14,9 +14,10 @@ from torch import Tensor
 
 from protformer.alphabet import EOS
 from protformer.attention import build_attention
-from protformer.attention.random_features import draw_projection, projection_generator
-from protformer.benchmark.approximation import hidden_by_layer
-from protformer.config import AttentionConfig, ExactConfig, FavorConfig
+from protformer.attention.exact import ExactAttention
+from protformer.attention.favor import FavorAttention
+from protformer.attention.interface import Heads, Segments
+from protformer.config import ExactConfig, FavorConfig
 from protformer.evaluation.readiness import Readiness, measure_readiness
 from protformer.model.masked_lm_head import ProteinLanguageModel
 
@@ -42,7 +43,7 @@ def model_readiness(
     proteins: Iterable[Sequence[int]],
     *,
     num_features: int | None,
-    advance: Callable[[int], None],
+    advance: Callable[[int], object] = lambda count: None,
 ) -> list[LayerReport]:
     """A report for each layer; `proteins` are residue tokens.
 
@@ -50,12 +51,13 @@ def model_readiness(
     """
     device = model.head.bias.device
     favor = _favor_config(model, num_features)
-    linear, exact = (_with_attention(model, attention) for attention in (favor, ExactConfig()))
+    linear = _with_favor(model, favor)
+    exact = _with_exact(linear)
     readiness = [Readiness(num_features=favor.num_features) for _ in model.encoder.blocks]
     squared_error, squared_exact = ([0.0] * len(readiness) for _ in range(2))
     for protein in proteins:
         tokens = torch.tensor([[*protein, EOS]], device=device)
-        for layer, figures in enumerate(_layers(model, linear, favor, tokens)):
+        for layer, figures in enumerate(_layers(model, linear, tokens)):
             readiness[layer] = readiness[layer] + figures
         states = zip(hidden_by_layer(linear, tokens), hidden_by_layer(exact, tokens), strict=True)
         for layer, (estimate, true) in enumerate(states):
@@ -83,50 +85,83 @@ def _favor_config(model: ProteinLanguageModel, num_features: int | None) -> Favo
     return config if num_features is None else replace(config, num_features=num_features)
 
 
-def _with_attention(model: ProteinLanguageModel, attention: AttentionConfig) -> ProteinLanguageModel:
-    """The model with another attention in all layers (its own where it is the same), sharing the other weights."""
-    if attention == model.config.attention:
+def _with_favor(model: ProteinLanguageModel, favor: FavorConfig) -> ProteinLanguageModel:
+    """The model with FAVOR+ in all layers, sharing its weights; features drawn anew unless they are as they were."""
+    if favor == model.config.attention:
         return model
-    shallow = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    shallow = _shallow_copy(model)
     for layer, block in enumerate(shallow.encoder.blocks):
-        block.attention = build_attention(
-            attention,
+        attention = build_attention(
+            favor,
             head_dim=model.config.head_dim,
             num_heads=model.config.num_heads,
             causal=model.config.direction == "unidirectional",
             seed=0,
             layer=layer,
         ).to(model.head.bias.device)
+        if isinstance(block.attention, FavorAttention):  # what it has learned, but its draw
+            learned = block.attention.state_dict()
+            kept = {name: value for name, value in learned.items() if not name.startswith("random_features.")}
+            attention.load_state_dict(attention.state_dict() | kept)
+        block.attention = attention
     return shallow.eval()
 
 
+def _with_exact(linear: ProteinLanguageModel) -> ProteinLanguageModel:
+    """The model with softmax attention of the same kernel in all layers."""
+    shallow = _shallow_copy(linear)
+    for block in shallow.encoder.blocks:
+        assert isinstance(block.attention, FavorAttention)
+        block.attention = _ExactOfSameKernel(block.attention)
+    return shallow.eval()
+
+
+def _shallow_copy(model: ProteinLanguageModel) -> ProteinLanguageModel:
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+class _ExactOfSameKernel(ExactAttention):
+    """Softmax attention of the queries and keys that a FAVOR+ layer takes its features of."""
+
+    def __init__(self, favor: FavorAttention) -> None:
+        super().__init__(ExactConfig(), head_dim=0, num_heads=0, causal=favor.causal, seed=0, layer=0)
+        self.favor = favor
+
+    def forward(self, q: Heads, k: Heads, v: Heads, segments: Segments) -> Heads:
+        return super().forward(*self.favor.prepare(q, k), v, segments)
+
+
 @torch.no_grad()
-def _layers(
-    model: ProteinLanguageModel, linear: ProteinLanguageModel, favor: FavorConfig, tokens: Tensor
-) -> Iterable[Readiness]:
+def _layers(model: ProteinLanguageModel, linear: ProteinLanguageModel, tokens: Tensor) -> Iterable[Readiness]:
     """Figures of each layer on one protein."""
     segments = torch.ones_like(tokens)
-    length, config = tokens.shape[1], model.config
+    length = tokens.shape[1]
     generator = torch.Generator().manual_seed(length)
     queries = torch.randperm(length, generator=generator)[:QUERIES_PER_PROTEIN].to(tokens.device)
     inputs = model.encoder.attention_inputs(tokens, segments)
-    for layer, ((q, k, v), block) in enumerate(zip(inputs, linear.encoder.blocks, strict=True)):
+    for (q, k, v), block in zip(inputs, linear.encoder.blocks, strict=True):
         attention = block.attention
-        assert isinstance(attention, torch.nn.Module)
-        projection = draw_projection(
-            favor.num_features,
-            config.head_dim,
-            orthogonal=favor.orthogonal,
-            row_norms=favor.row_norms,
-            generator=projection_generator(0, layer, 0),
-        )
+        assert isinstance(attention, FavorAttention)
+        estimate = attention(q, k, v, segments)
+        q, k = attention.prepare(q, k)
         yield measure_readiness(
             q,
             k,
             v,
             segments,
-            linear=attention(q, k, v, segments),
-            projection=projection.to(tokens.device),
+            linear=estimate,
+            feature_map=attention.feature_map(model.config.head_dim, torch.float64),
             queries=queries,
-            causal=config.direction == "unidirectional",
+            causal=model.config.direction == "unidirectional",
         )
+
+
+@torch.no_grad()
+def hidden_by_layer(model: ProteinLanguageModel, tokens: Tensor) -> list[Tensor]:
+    """Hidden states after each block of rows that are one segment each."""
+    states: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda *call: states.append(call[2])) for block in model.encoder.blocks]
+    model.encoder(tokens, torch.ones_like(tokens))
+    for hook in hooks:
+        hook.remove()
+    return states
