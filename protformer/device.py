@@ -8,11 +8,17 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from protformer.errors import ConfigError
+
+Result = TypeVar("Result")
 
 DEVICE_CHOICES = ("auto", "cpu", "cuda", "mps")
 
@@ -56,6 +62,42 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def num_threads(device: torch.device) -> int:
+    """Threads of this process that compute: torch's own number on the CPU, one where a device has its own."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def in_threads(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
+    """Run tasks at once, each in a thread with its share of torch's threads; the first error is raised at the end.
+
+    Without autograd; autocast is off, as it is in every new thread.
+    """
+    if len(tasks) == 1:
+        return [tasks[0]()]
+    of_all = torch.get_num_threads()
+    run = partial(_run_task, num_threads=max(1, of_all // len(tasks)), inference=torch.is_inference_mode_enabled())
+    try:
+        running = [_thread_pool(os.getpid(), len(tasks)).submit(run, task) for task in tasks]
+        wait(running)
+    finally:
+        torch.set_num_threads(of_all)  # the number that threads started from now on will have
+    return [task.result() for task in running]
+
+
+def _run_task(task: Callable[[], Result], *, num_threads: int, inference: bool) -> Result:
+    torch.get_num_threads()  # a thread's own number is set up when it is first asked for
+    if torch.get_num_threads() != num_threads:
+        torch.set_num_threads(num_threads)
+    with torch.inference_mode(inference), torch.no_grad():
+        return task()
+
+
+@cache
+def _thread_pool(process: int, size: int) -> ThreadPoolExecutor:
+    """Threads that stay; a forked process has none of its parent's, and makes its own."""
+    return ThreadPoolExecutor(size, thread_name_prefix="attention")
 
 
 def is_launched_helper() -> bool:

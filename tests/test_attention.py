@@ -13,7 +13,7 @@ import reference
 import torch
 from torch import Tensor
 
-from protformer.attention import ATTENTION_KINDS, build_attention
+from protformer.attention import ATTENTION_KINDS, build_attention, head_shares
 from protformer.attention.interface import Attention
 from protformer.attention.linear_kind import LinearAttention
 from protformer.config import AttentionConfig, ExactConfig, FavorConfig, GeneralizedConfig
@@ -33,6 +33,7 @@ CONFIGS: dict[str, AttentionConfig] = {
     "generalized-gelu": GeneralizedConfig(num_features=24, function="gelu"),
     "exact": ExactConfig(),
 }
+LINEAR_NAMES = [name for name, config in CONFIGS.items() if not isinstance(config, ExactConfig)]
 HEAD_DIM, NUM_HEADS = 8, 2
 FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
 FLOAT64 = {"atol": 1e-9, "rtol": 1e-9}
@@ -131,6 +132,24 @@ def test_output_and_gradients_are_those_of_the_definition(name: str, causal: boo
         strict=True,
     ):
         torch.testing.assert_close(got, wanted, **FLOAT64)
+
+
+@pytest.mark.parametrize("name", LINEAR_NAMES)
+@over_directions
+def test_heads_shared_out_among_threads_give_the_same(name: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, segments = build(name, causal), LAYOUTS["uneven rows"]
+    results = []
+    for threads in (1, 2):
+        monkeypatch.setattr(head_shares, "num_threads", lambda device, threads=threads: threads)
+        monkeypatch.setattr(head_shares, "LEAST_FEATURES", 1)
+        inputs = [x.requires_grad_() for x in draw(segments.shape[1], batch=len(segments))]
+        output = attention(*inputs, segments)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    with torch.inference_mode():
+        results[0].append(attention(*inputs, segments))
+    results[1].append(output)
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, **FLOAT32)
 
 
 @over_kinds

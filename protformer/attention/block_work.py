@@ -34,10 +34,15 @@ def empty_like(x: Tensor, pieces: list[Piece]) -> Tensor:
     return torch.empty_like(x) if num_residues == x.shape[0] * x.shape[2] else torch.zeros_like(x)
 
 
+def of_heads(heads: slice, first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of (batch, head, ...) tensors."""
+    return first[:, heads], second[:, heads], third[:, heads]
+
+
 class BlockWork:
     """The steps on blocks of one piece; a row is one head of one segment."""
 
-    def __init__(self, *, q: Heads, k: Heads, v: Values, piece: Piece, feature_map: FeatureMap, size: int) -> None:
+    def __init__(self, q: Heads, k: Heads, v: Values, *, piece: Piece, feature_map: FeatureMap, size: int) -> None:
         """`size` is the largest number of residues in a block."""
         self.q, self.k, self.v, self.piece, self.feature_map = q, k, v, piece, feature_map
         self.num_heads, self.num_rows = q.shape[1], piece.num_segments * q.shape[1]

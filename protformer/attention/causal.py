@@ -18,6 +18,7 @@ one of them depends on what it sees alone.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,11 +34,14 @@ from protformer.attention.block_work import (
     Values,
     compute_dtype,
     empty_like,
+    of_heads,
 )
 from protformer.attention.careful_causal import LARGEST_EXPONENT, CarefulBlock, careful_block
 from protformer.attention.feature_maps import Block, ExponentialMap, FeatureMap, Reference
+from protformer.attention.head_shares import head_shares, largest_share
 from protformer.attention.interface import Heads, Segments
 from protformer.attention.pieces import Piece, block_ranges, lay_out
+from protformer.device import in_threads
 
 CAUSAL_BLOCK_RESIDUES = 128
 """A power of two. Larger blocks have more pairs a residue, smaller ones more steps, each of a fixed cost."""
@@ -45,8 +49,9 @@ CAUSAL_BLOCK_RESIDUES = 128
 
 def attend_to_past(q: Heads, k: Heads, v: Values, segments: Segments, feature_map: FeatureMap) -> Values:
     """Every query attends to the keys of its segment up to its own; in the dtype of v, zero at padding."""
-    pieces = lay_out(segments, num_features=q.shape[1] * feature_map.num_features)
-    output: Tensor = _AttendToPast.apply(q, k, v, pieces, feature_map)  # type: ignore[no-untyped-call]
+    shares = head_shares(q, num_features=feature_map.num_features)
+    pieces = lay_out(segments, num_features=largest_share(shares) * feature_map.num_features)
+    output: Tensor = _AttendToPast.apply(q, k, v, shares, pieces, feature_map)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -100,16 +105,21 @@ def attend_one_step(
 
 class _AttendToPast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece], feature_map: FeatureMap) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, shares: list[slice], pieces: list[Piece], feature_map: FeatureMap
+    ) -> Tensor:
         output = empty_like(v, pieces)
         denominators = q.new_ones((*q.shape[:3], 1), dtype=compute_dtype(q, k, v))
-        references: list[list[Reference | None]] = []
+
+        def attend(heads: slice) -> list[list[Tensor | None]]:
+            x = of_heads(heads, q, k, v)
+            works = (_CausalWork(*x, piece=piece, feature_map=feature_map) for piece in pieces)
+            return [work.forward(output[:, heads], denominators[:, heads]) for work in works]
+
         with torch.autocast(q.device.type, enabled=False):
-            for piece in pieces:
-                work = _CausalWork(q=q, k=k, v=v, piece=piece, feature_map=feature_map)
-                references.append(work.forward(output, denominators))
+            ctx.references = in_threads([partial(attend, heads) for heads in shares])
         ctx.save_for_backward(q, k, v, output, denominators)
-        ctx.pieces, ctx.feature_map, ctx.references = pieces, feature_map, references
+        ctx.shares, ctx.pieces, ctx.feature_map = shares, pieces, feature_map
         return output
 
     @staticmethod
@@ -117,11 +127,16 @@ class _AttendToPast(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, denominators = ctx.saved_tensors
         gradients = (empty_like(q, ctx.pieces), empty_like(k, ctx.pieces), empty_like(v, ctx.pieces))
+
+        def differentiate(heads: slice, by_piece: list[list[Tensor | None]]) -> None:
+            x, results = of_heads(heads, q, k, v), of_heads(heads, output, denominators, gradient)
+            for piece, references in zip(ctx.pieces, by_piece, strict=True):
+                work = _CausalWork(*x, piece=piece, feature_map=ctx.feature_map)
+                work.backward(references, results, of_heads(heads, *gradients))
+
         with torch.autocast(q.device.type, enabled=False):
-            for piece, references in zip(ctx.pieces, ctx.references, strict=True):
-                work = _CausalWork(q=q, k=k, v=v, piece=piece, feature_map=ctx.feature_map)
-                work.backward(references, (output, denominators, gradient), gradients)
-        return *gradients, None, None
+            in_threads([partial(differentiate, *share) for share in zip(ctx.shares, ctx.references, strict=True)])
+        return *gradients, None, None, None
 
 
 class _CausalWork(BlockWork):
@@ -131,9 +146,9 @@ class _CausalWork(BlockWork):
     next does not have the same.
     """
 
-    def __init__(self, *, q: Heads, k: Heads, v: Values, piece: Piece, feature_map: FeatureMap) -> None:
+    def __init__(self, q: Heads, k: Heads, v: Values, *, piece: Piece, feature_map: FeatureMap) -> None:
         size = min(CAUSAL_BLOCK_RESIDUES, piece.num_residues)
-        super().__init__(q=q, k=k, v=v, piece=piece, feature_map=feature_map, size=size)
+        super().__init__(q, k, v, piece=piece, feature_map=feature_map, size=size)
         self.ranges = block_ranges(piece.num_residues, size)
         self.key_features, self.queries = torch.empty_like(self.buffer), torch.empty_like(self.buffer)
         self.last_matrices: tuple[Reference | None, Tensor | None, Tensor | None] | None = None

@@ -20,16 +20,27 @@ where it did, the segment is computed again with references that are certain (`_
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from protformer.attention.block_work import BlockWork, Denominators, State, Values, compute_dtype, empty_like
+from protformer.attention.block_work import (
+    BlockWork,
+    Denominators,
+    State,
+    Values,
+    compute_dtype,
+    empty_like,
+    of_heads,
+)
 from protformer.attention.feature_maps import FeatureMap, Reference
+from protformer.attention.head_shares import head_shares, largest_share
 from protformer.attention.interface import Heads, Segments
 from protformer.attention.pieces import Piece, block_ranges, block_residues, lay_out
+from protformer.device import in_threads
 
 NUM_SAMPLED_KEYS = 64
 """Of each segment, for the first guess at its references."""
@@ -41,29 +52,37 @@ below float32's range (1e-38) times the largest sum is 1e-21, far below the roun
 
 def attend_to_all(q: Heads, k: Heads, v: Values, segments: Segments, feature_map: FeatureMap) -> Values:
     """Every query attends to all keys of its segment; in the dtype of v, zero at padding."""
-    pieces = lay_out(segments, num_features=q.shape[1] * feature_map.num_features)
-    output: Tensor = _AttendToAll.apply(q, k, v, pieces, feature_map)  # type: ignore[no-untyped-call]
+    shares = head_shares(q, num_features=feature_map.num_features)
+    pieces = lay_out(segments, num_features=largest_share(shares) * feature_map.num_features)
+    output: Tensor = _AttendToAll.apply(q, k, v, shares, pieces, feature_map)  # type: ignore[no-untyped-call]
     return output
 
 
 class _AttendToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece], feature_map: FeatureMap) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, shares: list[slice], pieces: list[Piece], feature_map: FeatureMap
+    ) -> Tensor:
         output = empty_like(v, pieces)
         denominators = q.new_ones((*q.shape[:3], 1), dtype=compute_dtype(q, k, v))
-        summaries = []
+
+        def attend(heads: slice) -> list["_Summary"]:
+            x = of_heads(heads, q, k, v)
+            works = (_PieceWork(*x, piece=piece, feature_map=feature_map) for piece in pieces)
+            return [work.forward(output[:, heads], denominators[:, heads]) for work in works]
+
         with torch.autocast(q.device.type, enabled=False):
-            for piece in pieces:
-                work = _PieceWork(q=q, k=k, v=v, piece=piece, feature_map=feature_map, num_blocks=1)
-                summaries.append(work.forward(output, denominators))
+            by_share = in_threads([partial(attend, heads) for heads in shares])
+        summaries = [summary for share in by_share for summary in share]
         # The states of many short segments would be more than their features; they are summed again.
         states = [
             summary.state if piece.num_residues >= feature_map.num_features else None
-            for piece, summary in zip(pieces, summaries, strict=True)
+            for share in by_share
+            for piece, summary in zip(pieces, share, strict=True)
         ]
         references = [summary.reference for summary in summaries]
         ctx.save_for_backward(q, k, v, output, denominators, *references, *states)
-        ctx.pieces, ctx.feature_map = pieces, feature_map
+        ctx.shares, ctx.pieces, ctx.feature_map = shares, pieces, feature_map
         ctx.is_certain = [summary.is_certain for summary in summaries]
         return output
 
@@ -71,13 +90,20 @@ class _AttendToAll(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, denominators, *saved = ctx.saved_tensors
-        references, states = saved[: len(ctx.pieces)], saved[len(ctx.pieces) :]
         gradients = (empty_like(q, ctx.pieces), empty_like(k, ctx.pieces), empty_like(v, ctx.pieces))
+        references, states = saved[: len(ctx.is_certain)], saved[len(ctx.is_certain) :]
+        summaries = [_Summary(*parts) for parts in zip(references, states, ctx.is_certain, strict=True)]
+
+        def differentiate(number: int, heads: slice) -> None:
+            x, results = of_heads(heads, q, k, v), of_heads(heads, output, denominators, gradient)
+            found = summaries[number * len(ctx.pieces) : (number + 1) * len(ctx.pieces)]
+            for piece, summary in zip(ctx.pieces, found, strict=True):
+                work = _PieceWork(*x, piece=piece, feature_map=ctx.feature_map)
+                work.backward(summary, results, of_heads(heads, *gradients))
+
         with torch.autocast(q.device.type, enabled=False):
-            for piece, *summary in zip(ctx.pieces, references, states, ctx.is_certain, strict=True):
-                work = _PieceWork(q=q, k=k, v=v, piece=piece, feature_map=ctx.feature_map, num_blocks=2)
-                work.backward(_Summary(*summary), (output, denominators, gradient), gradients)
-        return *gradients, None, None
+            in_threads([partial(differentiate, *share) for share in enumerate(ctx.shares)])
+        return *gradients, None, None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +119,9 @@ class _Summary:
 class _PieceWork(BlockWork):
     """Both passes over one piece."""
 
-    def __init__(
-        self, *, q: Heads, k: Heads, v: Values, piece: Piece, feature_map: FeatureMap, num_blocks: int
-    ) -> None:
-        num_features = q.shape[1] * feature_map.num_features
-        size = block_residues(piece, num_features=num_features, num_blocks=num_blocks, device=q.device)
-        super().__init__(q=q, k=k, v=v, piece=piece, feature_map=feature_map, size=size)
+    def __init__(self, q: Heads, k: Heads, v: Values, *, piece: Piece, feature_map: FeatureMap) -> None:
+        size = block_residues(piece, num_features=q.shape[1] * feature_map.num_features, device=q.device)
+        super().__init__(q, k, v, piece=piece, feature_map=feature_map, size=size)
         self.ranges = block_ranges(piece.num_residues, size)
 
     def forward(self, output: Values, denominators: Denominators) -> _Summary:

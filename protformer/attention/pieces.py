@@ -21,8 +21,9 @@ from protformer.attention.segments import runs
 
 LONGEST_GATHERED = {"cpu": 160}
 """By type of device; others gather all but batches of equal lengths, as the fixed cost of a step is higher there."""
-NUM_FEATURES_AT_ONCE = {"cpu": 2**20}
-"""Features in all blocks that are worked on together, by type of device: on the CPU about what caches hold."""
+NUM_FEATURES_AT_ONCE = {"cpu": 2**19}
+"""Numbers in a block of features, by type of device; on the CPU, for each thread. Larger ones leave the caches, smaller
+ones have more steps, each of a fixed cost."""
 LONGEST_GATHERED_ELSEWHERE = 2**16
 NUM_FEATURES_AT_ONCE_ELSEWHERE = 2**25
 
@@ -122,13 +123,9 @@ def lay_out(segments: Segments, *, num_features: int) -> list[Piece]:
     return [*_slices(long, num_residues), *_gathers(short, num_residues, segments.device)]
 
 
-def block_residues(piece: Piece, *, num_features: int, num_blocks: int, device: torch.device) -> int:
-    """Residues of each segment of a piece in a block of features; `num_features` of all heads together.
-
-    `num_blocks` are worked on together: features, and their gradients.
-    """
-    features = features_at_once(device) // num_blocks
-    return min(piece.num_residues, max(16, features // (num_features * piece.num_segments)))
+def block_residues(piece: Piece, *, num_features: int, device: torch.device) -> int:
+    """Residues of each segment of a piece in a block of features; `num_features` of all heads together."""
+    return min(piece.num_residues, max(16, features_at_once(device) // (num_features * piece.num_segments)))
 
 
 def features_at_once(device: torch.device) -> int:

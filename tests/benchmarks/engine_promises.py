@@ -6,6 +6,7 @@ Sizes: batch 1, 8 heads, length 8192, head_dim 64, m = 256, unless said otherwis
 repeats, so only ratios are promised; nothing else should run on the machine meanwhile.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ BASE = Case(
     device="cpu",
 )
 LONG = 131_072
-LIMITS = Limits(repeats=5, with_memory=True, max_seconds=120.0, max_gb=16.0)
+LIMITS = Limits(repeats=9, with_memory=True, max_seconds=120.0, max_gb=16.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,12 +49,13 @@ class Promise:
 
 def main() -> None:
     require_peer()
-    promises = [*against_peer(), *causal(), *against_exact(), *scaling()]
-    for promise in promises:
+    missed = 0
+    for promise in itertools.chain(against_peer(), causal(), against_exact(), scaling()):
         sign = ">=" if promise.at_least else "<="
         verdict = "kept" if promise.is_kept else "MISSED"
-        print(f"{verdict:7} {promise.name:75} {promise.measured:8.2f} {sign} {promise.limit:g}")
-    sys.exit(not all(promise.is_kept for promise in promises))
+        print(f"{verdict:7} {promise.name:75} {promise.measured:8.2f} {sign} {promise.limit:g}", flush=True)
+        missed += not promise.is_kept
+    sys.exit(missed > 0)
 
 
 def against_peer() -> Iterator[Promise]:
@@ -74,12 +76,12 @@ def against_peer() -> Iterator[Promise]:
 
 
 def causal() -> Iterator[Promise]:
-    """The peer's memory at 8192 may be beyond this machine; it is linear in the length there, so 2048 is compared."""
+    """The peer takes some 17 GB at 8192 residues, linear in their number as its time is; so 4096 are compared."""
     for kind in ("favor", "generalized"):
         both = replace(BASE, kind=kind, passes="forward+backward")
-        short = replace(both, direction="unidirectional", length=2048)
+        short = replace(both, direction="unidirectional", length=4096)
         ours, theirs = run([short, replace(short, implementation="performer-pytorch")])
-        name = f"{kind} causal forward+backward at 2048: times faster than performer-pytorch"
+        name = f"{kind} causal forward+backward at 4096: times faster than performer-pytorch"
         yield Promise(name=name, measured=theirs.seconds / ours.seconds, limit=10.0, at_least=True)
         one, other = run([replace(short, length=8192), both])
         name = f"{kind} causal forward+backward: times the bidirectional one"
