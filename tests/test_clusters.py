@@ -41,6 +41,13 @@ def test_ids_are_found_by_the_name_that_mmseqs2_writes(tmp_path):
     assert read_clusters(table, store).of_protein.tolist() == [0, 0, 1, 1]
 
 
+def test_an_id_as_it_stands_comes_before_its_short_name(tmp_path):
+    store = make_store(tmp_path, ["sp|P35956|POL_VILVK", "P35956"])
+    table = write_table(tmp_path, "a\tP35956\nb\tsp|P35956|POL_VILVK\n")
+    assert read_clusters(table, store).of_protein.tolist() == [0, 1]
+    assert read_clusters(table, store).keys.tolist() == hash_names([b"b", b"a"]).tolist()
+
+
 def test_proteins_with_one_id_share_its_cluster(tmp_path):
     store = make_store(tmp_path, ["a", "b", "a"])
     assert read_clusters(write_table(tmp_path, "b\tb\na\ta\n"), store).of_protein.tolist() == [0, 1, 0]

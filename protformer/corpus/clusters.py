@@ -2,10 +2,10 @@
 
 In: TSV without a header, `representative<TAB>member`, plain or compressed, as in the `*_cluster.tsv` of `mmseqs
 easy-cluster` and `easy-linclust`; and the store whose proteins it lists. Out: `Clusters`, in the order of the store.
-Names are compared as MMseqs2 writes them (`identifiers.short_name`), so `sp|P12345|NAME` is found as P12345.
+A protein is looked up by its id, and where that is not listed by the name that MMseqs2 writes for it
+(`identifiers.short_name`), so that `sp|P12345|NAME` is found as P12345.
 
-The table is streamed and names are kept as hashes of 64 bits: some 40 bytes a protein of the store, whatever the
-size of the table; about a million lines a second.
+The table is streamed and names are kept as hashes of 64 bits: memory grows with the store, not with the table.
 """
 
 from dataclasses import dataclass
@@ -47,16 +47,18 @@ def read_clusters(source: Source, store: TokenStore, *, unlisted: Unlisted = "er
     """
     if len(store) == 0:
         raise InputError(f"{describe_source(store.path)}: no proteins in this token store")
-    names = hash_ids(store, short_name)
-    known, place = np.unique(names, return_inverse=True)
+    ids = hash_ids(store, bytes)
+    known, place = np.unique(np.concatenate([ids, hash_ids(store, short_name)]), return_inverse=True)
     representatives, is_listed, num_absent = _read_representatives(source, known)
+    by_id, by_short_name = place[: len(store)], place[len(store) :]
+    place = np.where(is_listed[by_id], by_id, by_short_name)
     listed = is_listed[place]
     if not listed.any():
         raise InputError(_describe_no_match(source, store))
     if unlisted == "error" and not listed.all():
         raise InputError(_describe_unlisted(source, store, listed))
     # An unlisted protein's own name takes the place of the representative's.
-    key_of_protein = np.where(listed, representatives[place], names)
+    key_of_protein = np.where(listed, representatives[place], ids)
     chosen = listed | (unlisted == "single")
     of_protein = np.full(len(store), -1, dtype=np.int64)
     of_protein[chosen], keys = _number(key_of_protein[chosen])
@@ -73,10 +75,8 @@ def _read_representatives(
     for number, lines in read_lines(source):
         numbers = [number + i for i, line in enumerate(lines) if line]
         pairs = [_columns(line, source, number + i) for i, line in enumerate(lines) if line]
-        firsts = hash_names(short_name(representative) for representative, _ in pairs)
-        members = hash_names(short_name(member) for _, member in pairs)
-        place = np.minimum(np.searchsorted(known, members), len(known) - 1)
-        found = known[place] == members
+        firsts = hash_names(representative for representative, _ in pairs)
+        place, found = _look_up([member for _, member in pairs], known)
         num_absent += int((~found).sum())
         place, firsts = place[found], firsts[found]
         contradicts = is_listed[place] & (representatives[place] != firsts)
@@ -86,9 +86,23 @@ def _read_representatives(
             line = int(np.flatnonzero(found)[int(contradicts.argmax())])
             raise InputError(
                 f"{describe_source(source)}: line {numbers[line]}: {_quoted(pairs[line][1])} is in two clusters; "
-                "a protein must have one"
+                "a protein must have one, and two proteins must differ in their ids"
             )
     return representatives, is_listed, num_absent
+
+
+def _look_up(members: list[bytes], known: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where each member is among the known names, as it stands or else shortened, and whether it is there."""
+    place, found = _find(hash_names(members), known)
+    if not found.all():
+        missing = np.flatnonzero(~found)
+        place[missing], found[missing] = _find(hash_names(short_name(members[i]) for i in missing), known)
+    return place, found
+
+
+def _find(names: NDArray[np.uint64], known: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    place = np.minimum(np.searchsorted(known, names), len(known) - 1)
+    return place, known[place] == names
 
 
 def _columns(line: bytes, source: Source, number: int) -> tuple[bytes, bytes]:
