@@ -23,7 +23,10 @@ from protformer.corpus.token_store import TokenStore
 from protformer.errors import ConfigError, OutputError, ProtformerError
 
 MAX_EVALUE = 1e-3
-"""Alignments above it are taken for chance, in clustering and in the search."""
+"""Alignments above it are taken for chance in clustering."""
+
+MAX_SEARCH_EVALUE = 1e-2
+"""The same in the search. It grows with the database, so a margin covers whoever searches a part of it later."""
 
 SENSITIVITY = 7.5
 """The most sensitive search that MMseqs2's authors benchmarked."""
@@ -85,7 +88,7 @@ class MMseqs:
         self._write_fasta(store, queries, "queries.fasta")
         self._write_fasta(store, targets, "targets.fasta")
         self._run(
-            f"easy-search queries.fasta targets.fasta hits.tsv tmp -s {SENSITIVITY:g} -e {MAX_EVALUE:g} "
+            f"easy-search queries.fasta targets.fasta hits.tsv tmp -s {SENSITIVITY:g} -e {MAX_SEARCH_EVALUE:g} "
             f"--min-seq-id {identity:g} --mask 0 --max-seqs {MAX_RESULTS} --format-output query,target"
         )
         return self._read_pairs("hits.tsv", len(store))
