@@ -112,8 +112,8 @@ def _as_table(statistics: "CorpusStatistics") -> str:
     lines = [
         f"proteins      {statistics.num_proteins:,}",
         f"residues      {statistics.num_residues:,}",
-        f"length        mean {statistics.mean_length:.1f}, shortest {statistics.length_quantile(0):,}, "
-        f"longest {statistics.length_quantile(1):,}",
+        f"length        mean {statistics.mean_length:.1f}, shortest {statistics.length_quantile(0.0):,}, "
+        f"longest {statistics.length_quantile(1.0):,}",
         "quantiles     " + ", ".join(f"{share:.0%} {statistics.length_quantile(share):,}" for share in QUANTILES),
         "",
         "length from   proteins",

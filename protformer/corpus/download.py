@@ -2,8 +2,8 @@
 
 In: the name of a database, and a mirror. Out: the file. `RELEASE.metalink` beside the file gives its size and MD5.
 Bytes go to `OUT.<md5>.partial`, which another call for the same release goes on with (HTTP Range); the file gets its
-name when size and checksum are right. A connection that breaks is tried again, without end as long as bytes arrive, and
-`MAX_FRUITLESS` times without. Only the standard library is used.
+name when size and checksum are right. A connection that breaks is tried again, without end as long as it gets further,
+and `MAX_FRUITLESS` times without. Only the standard library is used.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ MIRRORS = {
 }
 
 MAX_FRUITLESS = 6
-"""Attempts in a row that bring no byte."""
+"""Attempts in a row that get no further."""
 
 TIMEOUT_SECONDS = 60.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
@@ -116,20 +116,20 @@ def download(
 
 
 class _Transfer:
-    """One file on its way: `have` bytes of it are there, `received` came over the net in this call."""
+    """One file on its way: `have` bytes of it are there, `furthest` is the most that ever were."""
 
     def __init__(
         self, *, url: str, partial: Path, release: Release, progress: Callable[[int], None], tell: Callable[[str], None]
     ) -> None:
         self.url, self.partial, self.release = url, partial, release
         self.progress, self.tell = progress, tell
-        self.have = self.received = 0
+        self.have = self.furthest = 0
         self.md5 = hashlib.md5(usedforsecurity=False)
 
     def run(self) -> None:
         self._take_up_earlier()
         if self.have < self.release.num_bytes:
-            _with_retries(self.url, self._attempt, brought=lambda: self.received, tell=self.tell)
+            _with_retries(self.url, self._attempt, brought=lambda: self.furthest, tell=self.tell)
         if self.md5.hexdigest() != self.release.md5:
             self.partial.unlink()
             raise InputError(
@@ -153,6 +153,7 @@ class _Transfer:
     def _count(self, piece: bytes) -> None:
         self.md5.update(piece)
         self.have += len(piece)
+        self.furthest = max(self.furthest, self.have)
         self.progress(len(piece))
 
     def _start_again(self) -> None:
@@ -169,7 +170,6 @@ class _Transfer:
             with self.partial.open("ab" if self.have else "wb") as file:
                 while self.have <= self.release.num_bytes and (piece := _read(response)):
                     file.write(piece)
-                    self.received += len(piece)
                     self._count(piece)
         if self.have > self.release.num_bytes:
             self.partial.unlink()
@@ -206,7 +206,7 @@ def _with_retries(
             fruitless = 0 if brought() > before else fruitless + 1
             if fruitless >= MAX_FRUITLESS:
                 raise InputError(
-                    f"{url}: {error}; gave up after {MAX_FRUITLESS} attempts that brought nothing; the same command "
+                    f"{url}: {error}; gave up after {MAX_FRUITLESS} attempts that got no further; the same command "
                     "goes on where this one stopped"
                 ) from error
             pause = min(FIRST_PAUSE_SECONDS * 2**fruitless, LONGEST_PAUSE_SECONDS)

@@ -31,8 +31,8 @@ MAX_SEARCH_EVALUE = 1e-2
 SENSITIVITY = 7.5
 """The most sensitive search that MMseqs2's authors benchmarked."""
 
-MAX_RESULTS = 10_000
-"""Candidates a query may bring to alignment; MMseqs2's default of 300 can be used up by a query's own family."""
+MAX_RESULTS = 1000
+"""Candidates a query may bring to alignment; MMseqs2's default of 300 can be used up by a query's own side."""
 
 _PROTEINS_AT_ONCE = 1 << 14
 

@@ -53,7 +53,7 @@ class CorpusStatistics:
 
     def histogram(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(bin + 1,) edges, each bin with its lower edge, and (bin,) proteins in it; equal widths on a log scale."""
-        shortest, longest = self.length_quantile(0), self.length_quantile(1)
+        shortest, longest = self.length_quantile(0.0), self.length_quantile(1.0)
         first = int(np.floor(np.log2(shortest) * BINS_PER_DOUBLING))
         last = int(np.floor(np.log2(longest) * BINS_PER_DOUBLING)) + 1
         edges = np.unique(np.ceil(2.0 ** (np.arange(first, last + 1) / BINS_PER_DOUBLING)).astype(np.int64))
@@ -68,10 +68,10 @@ class CorpusStatistics:
             "proteins": self.num_proteins,
             "residues": self.num_residues,
             "length": {
-                "shortest": self.length_quantile(0),
+                "shortest": self.length_quantile(0.0),
                 "mean": self.mean_length,
                 "quantiles": {f"{share:g}": self.length_quantile(share) for share in QUANTILES},
-                "longest": self.length_quantile(1),
+                "longest": self.length_quantile(1.0),
                 "histogram": {"edges": edges.tolist(), "proteins": counts.tolist()},
             },
             "residue_counts": self.residue_counts,

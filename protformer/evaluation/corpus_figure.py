@@ -25,7 +25,7 @@ def draw_corpus(statistics: CorpusStatistics, path: Path) -> None:
     left.set_xscale("log")
     median = statistics.length_quantile(0.5)
     left.axvline(median, color=_MEDIAN, linewidth=1.2)
-    left.set_title(f"median {median:,}, longest {statistics.length_quantile(1):,}", color=INK, fontsize=9)
+    left.set_title(f"median {median:,}, longest {statistics.length_quantile(1.0):,}", color=INK, fontsize=9)
     left.set_xlabel("Length (residues)", color=INK)
     left.set_ylabel("Proteins", color=INK)
     left.xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
