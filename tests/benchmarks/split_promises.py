@@ -110,7 +110,7 @@ class Bench:
             straddling = sum(len(names) > 1 for names in sides.values())
             total += straddling
             print(
-                f"2. easy-cluster, 30 % identity, coverage {coverage}: {straddling} of {len(sides):,} clusters straddle",
+                f"2. easy-cluster, 30 % identity, coverage {coverage}: {straddling} of {len(sides):,} straddle",
                 flush=True,
             )
         return total
@@ -178,8 +178,7 @@ def stray_family_members(split: Path, stores: dict[str, list[tuple[str, bytes]]]
     if facts is None:
         return 0
     table = Path(facts["table"])
-    opened = gzip.open(table, "rt") if table.suffix == ".gz" else table.open()
-    with opened as lines:
+    with gzip.open(table, "rt") if table.suffix == ".gz" else table.open() as lines:
         rows = [line.rstrip("\n").split("\t") for line in lines]
     column = facts["column"]
     place = int(column) - 1 if column.isdigit() else rows[0].index(column)
