@@ -29,7 +29,7 @@ from protformer.corpus.clusters import Unlisted, read_clusters
 from protformer.corpus.families import choose_families, read_families
 from protformer.corpus.identifiers import hash_names, stored_ids
 from protformer.corpus.letters import CLOSE
-from protformer.corpus.mmseqs import MAX_SEARCH_EVALUE, SENSITIVITY, MMseqs
+from protformer.corpus.mmseqs import MAX_SEARCH_EVALUE, SEARCH_MARGIN, SENSITIVITY, MMseqs
 from protformer.corpus.split_manifest import FORMAT_VERSION, SPLIT_FILE, SplitManifest
 from protformer.corpus.split_sides import STORE_NAMES, Side, drop_copies, drop_relatives, hold_out, sides_by_share
 from protformer.corpus.splits import append_chosen
@@ -182,7 +182,12 @@ def _drop_similar(
     tell(f"searching {len(kept):,} proteins for relatives of the {len(held_out):,} held out, by mmseqs easy-search")
     queries, targets = mmseqs.search(store, held_out, kept, identity=request.identity)
     division.dropped[RELATIVES] = int(drop_relatives(division.sides, queries, targets).sum())
-    division.search = {"identity": request.identity, "max_evalue": MAX_SEARCH_EVALUE, "sensitivity": SENSITIVITY}
+    division.search = {
+        "identity": request.identity,
+        "margin": SEARCH_MARGIN,
+        "max_evalue": MAX_SEARCH_EVALUE,
+        "sensitivity": SENSITIVITY,
+    }
 
 
 def _write_stores(
