@@ -93,7 +93,8 @@ class MMseqs:
         self._write_fasta(store, targets, "targets.fasta")
         self._run(
             f"easy-search queries.fasta targets.fasta hits.tsv tmp -s {SENSITIVITY:g} -e {MAX_SEARCH_EVALUE:g} "
-            f"--min-seq-id {max(0.0, identity - SEARCH_MARGIN):g} --mask 0 --max-seqs {MAX_RESULTS} --format-output query,target"
+            f"--min-seq-id {max(0.0, identity - SEARCH_MARGIN):g} --mask 0 --max-seqs {MAX_RESULTS} "
+            "--format-output query,target"
         )
         return self._read_pairs("hits.tsv", len(store))
 
