@@ -88,7 +88,14 @@ def test_every_option_that_the_readme_names_exists():
 
     helps = "".join(
         CliRunner().invoke(cli, [*words, "--help"]).output
-        for words in ([], *([name] for name in COMMANDS), ["evaluate", "masked-lm"], ["benchmark", "attention"])
+        for words in (
+            [],
+            *([name] for name in COMMANDS),
+            ["evaluate", "masked-lm"],
+            ["benchmark", "attention"],
+            ["data", "stats"],
+            ["data", "dedup"],
+        )
     )
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"^```sh\n.*?^```", "", README, flags=re.M | re.S)))
     assert named - set(re.findall(r"--[a-z][a-z-]+", helps)) == set()

@@ -304,3 +304,18 @@ def test_a_prepared_store_trains_like_its_fasta(fasta, tmp_path):
 def test_the_stored_configuration_is_plain_yaml(undisturbed):
     tree = yaml.safe_load((undisturbed / "config.yaml").read_text())
     assert tree["model"]["attention"]["kind"] == "favor"
+
+
+def test_a_prepared_split_is_trained_and_validated_on_as_it_lies(fasta, tmp_path, capsys):
+    split, out = tmp_path / "split", tmp_path / "run"
+    options = ["--split", "hash", "--validation-fraction", "0.3", "--quiet"]
+    assert run(["prepare", "--fasta", str(fasta), "--out", str(split), *options]) == 0
+    assert f"give --fasta {split / 'train'} --val-fasta" in fails_with(capsys, arguments(split, out))
+    assert not out.exists()
+    command = arguments(split / "train", out, "--val-fasta", split / "validation")
+    assert run([*command, "--max-steps", "1"]) == 0
+    assert not (out / "validation").exists()
+    assert run([*command, "--resume", "--max-steps", "4"]) == 0
+    assert metrics(out)[-1]["val_loss"]
+    other = arguments(split / "train", out, "--val-fasta", split / "test", "--resume")
+    assert "the run began with" in fails_with(capsys, other)

@@ -17,6 +17,7 @@ from protformer.errors import ProtformerError
 COMMANDS = {
     "train": "train",
     "prepare": "prepare",
+    "data": "data",
     "embed": "embed",
     "predict-contacts": "predict_contacts",
     "evaluate": "evaluate",

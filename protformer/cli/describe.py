@@ -1,4 +1,4 @@
-"""`protformer describe`: what a token store, model, run or embedding file holds."""
+"""`protformer describe`: what a token store, split, model, run or embedding file holds."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from protformer.cli.options import FilePath, json_option
 @click.argument("path", type=FilePath)
 @json_option
 def command(path: Path, as_json: bool) -> None:
-    """Say what PATH holds: a token store, a model folder, a run, or an embedding file."""
+    """Say what PATH holds: a token store, a split, a model folder, a run, or an embedding file."""
     import json
 
     from protformer.inference.describe import describe
@@ -27,4 +27,6 @@ def command(path: Path, as_json: bool) -> None:
 def _as_text(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {item}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -49,18 +49,21 @@ def masked_lm(
 ) -> None:
     """Perplexity and accuracy at masked residues, beside residue frequencies alone.
 
+    --fasta may be a token store, such as the `test` that `prepare --split` makes.
+
     Proteins are whole and by themselves; which residues are masked depends on the protein only, so figures of
     different models compare. A unidirectional model is asked for every residue, from those before it.
     """
     from protformer.cli.progress import byte_progress
-    from protformer.corpus.fasta import FastaReport, read_fasta
+    from protformer.corpus.fasta import FastaReport
+    from protformer.corpus.stored_records import read_proteins
     from protformer.inference.masked_lm import score_masked_lm
     from protformer.inference.session import open_session
 
     session = open_session(model_path, device=device, precision=precision)
     report = FastaReport()
     with byte_progress([fasta], quiet=quiet) as progress:
-        records = read_fasta(fasta, on_duplicate="allow", report=report, consumed=progress)
+        records = read_proteins(fasta, on_duplicate="allow", report=report, consumed=progress)
         figures = score_masked_lm(session, records, masking=masking, batch_tokens=batch_tokens)
     if not quiet and (line := report.summary()):
         click.echo(line, err=True)

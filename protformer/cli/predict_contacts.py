@@ -1,5 +1,6 @@
 """`protformer predict-contacts`: proteins, or concatenated pairs, to contact maps."""
 
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -73,8 +74,9 @@ def command(
     Example:
       protformer predict-contacts --model runs/trembl --fasta proteins.fa --out contacts --plot
     """
-    from protformer.cli.progress import count_progress
-    from protformer.corpus.fasta import FastaReport, read_fasta
+    from protformer.cli.progress import StderrConsole, count_progress
+    from protformer.corpus.fasta import FastaReport, SequenceRecord, read_fasta
+    from protformer.corpus.named_records import read_named
     from protformer.inference.contact_writers import contact_paths, write_contacts
     from protformer.inference.contacts import chains_of_pairs, only_named, predict_contacts
     from protformer.inference.session import open_session
@@ -83,11 +85,16 @@ def command(
     if pairs is not None and session.description.packing == "isolate" and not quiet:
         click.echo("note: this model was trained with packing: isolate and never saw two proteins together", err=True)
     report = FastaReport()
-    records = read_fasta(fasta, on_duplicate=on_duplicate, report=report)
+
+    def find(names: Collection[str]) -> Iterator[SequenceRecord]:
+        tell = StderrConsole(quiet=quiet).tell
+        return read_named(fasta, names, on_duplicate=on_duplicate, report=report, tell=tell)
+
     if pairs is not None and ids:
         raise click.UsageError("--pairs and --ids exclude each other: pairs name their proteins")
-    chosen_records = only_named(ids, records) if ids else records
-    tasks = ((record,) for record in chosen_records) if pairs is None else chains_of_pairs(pairs, records)
+    if pairs is None:
+        records = only_named(ids, find(ids)) if ids else read_fasta(fasta, on_duplicate=on_duplicate, report=report)
+    tasks = ((record,) for record in records) if pairs is None else chains_of_pairs(pairs, find)
     out.mkdir(parents=True, exist_ok=True)
     chosen = tuple(dict.fromkeys(formats))
     written = 0

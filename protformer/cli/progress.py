@@ -36,6 +36,13 @@ def byte_progress(sources: Sequence[str], *, quiet: bool) -> Iterator[Advance]:
 
 
 @contextmanager
+def transfer_progress(what: str, num_bytes: int, *, quiet: bool) -> Iterator[Advance]:
+    """Progress of so many bytes."""
+    with _progress(what, num_bytes, True, quiet) as advance:
+        yield advance
+
+
+@contextmanager
 def count_progress(what: str, *, quiet: bool) -> Iterator[Advance]:
     """Progress in pieces whose number is not known beforehand."""
     with _progress(what, None, False, quiet) as advance:

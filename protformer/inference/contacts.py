@@ -10,7 +10,7 @@ In: a model and one or two `SequenceRecord`s. Out: a `ContactMap`. Two methods:
 Two proteins are concatenated as in training, each closed by EOS, in one segment.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -66,11 +66,12 @@ def only_named(ids: tuple[str, ...], records: Iterable[SequenceRecord]) -> Itera
         raise InputError(f"--ids {min(missing)!r}: no such record in the FASTA")
 
 
-def chains_of_pairs(pairs: Path, records: Iterable[SequenceRecord]) -> Iterator[tuple[SequenceRecord, SequenceRecord]]:
+def chains_of_pairs(
+    pairs: Path, find: Callable[[Collection[str]], Iterable[SequenceRecord]]
+) -> Iterator[tuple[SequenceRecord, SequenceRecord]]:
     """The two proteins of each pair of the file, once each; all names are looked up before the first pair is given."""
     listed = read_pairs(pairs)
-    wanted = {name for pair in listed for name in (pair.a, pair.b)}
-    found = {record.id: record for record in records if record.id in wanted}
+    found = {record.id: record for record in find({name for pair in listed for name in (pair.a, pair.b)})}
     resolve_pairs(listed, found.keys(), pairs)
     return ((found[a], found[b]) for a, b in dict.fromkeys((pair.a, pair.b) for pair in listed))
 

@@ -6,11 +6,13 @@ In: a path. Out: a flat mapping of names to values; the first is `kind`. Nothing
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from protformer.checkpoint import CONFIG_FILE, read_description
+from protformer.corpus.split_manifest import SPLIT_FILE, read_split_manifest
 from protformer.corpus.token_store import MANIFEST_FILE, TokenStore
 from protformer.errors import InputError
 from protformer.inference.embedding_writers import SUFFIXES
@@ -25,6 +27,8 @@ def describe(path: Path) -> Facts:
     if path.is_dir():
         if (path / MANIFEST_FILE).is_file():
             return _describe_store(path)
+        if (path / SPLIT_FILE).is_file():
+            return _describe_split(path)
         if (path / "config.yaml").is_file() and (path / "stores.json").is_file():
             return _describe_run(path)
         if (path / CONFIG_FILE).is_file():
@@ -32,7 +36,8 @@ def describe(path: Path) -> Facts:
     elif path.suffix in SUFFIXES:
         return {"kind": f"embeddings ({path.suffix[1:]})"} | _EMBEDDING_FILES[path.suffix](path)
     raise InputError(
-        f"{path}: neither a token store, a model folder, a run folder, nor an embedding file ({', '.join(SUFFIXES)})"
+        f"{path}: neither a token store, a split, a model folder, a run folder, nor an embedding file"
+        f" ({', '.join(SUFFIXES)})"
     )
 
 
@@ -51,6 +56,18 @@ def _describe_store(path: Path) -> Facts:
             "median_length": float(np.median(lengths)),
             "longest": int(lengths.max()),
         }
+    return facts
+
+
+def _describe_split(path: Path) -> Facts:
+    """The manifest, nested values under names of their own, and what is missing left out."""
+    manifest = asdict(read_split_manifest(path))
+    facts: Facts = {"kind": "split"}
+    for name, value in manifest.items():
+        if isinstance(value, dict):
+            facts |= {f"{name}_{key.replace(' ', '_')}": item for key, item in value.items()}
+        elif value is not None and name != "format_version":
+            facts[name] = value
     return facts
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from protformer.config import RunConfig, dump_yaml, load_run_config, override_run
+from protformer.corpus.split_manifest import SPLIT_FILE
 from protformer.corpus.splits import build_split_stores
 from protformer.corpus.token_store import TokenStore, build_token_store
 from protformer.device import choose_device, is_launched_helper
@@ -187,10 +188,16 @@ def _build_stores(request: RunRequest, run: RunFolder, config: RunConfig, consol
     given = Path(request.fasta[0])
     if given.is_dir() and len(request.fasta) > 1:
         raise InputError("--fasta: give one token store, or FASTA files, not both")
-    if request.validation_fasta is not None:
-        _build([request.validation_fasta], validation, console)
     if given.is_dir():
-        TokenStore.open(given)
+        _open_prepared(given)
+    if request.validation_fasta is not None:
+        held_out_store = Path(request.validation_fasta)
+        if held_out_store.is_dir():
+            _open_prepared(held_out_store)
+            validation = held_out_store.resolve()
+        else:
+            _build([request.validation_fasta], validation, console)
+    if given.is_dir():
         if request.validation_fasta is None:
             console.tell("nothing is held out: a prepared store is taken whole; give --val-fasta to validate")
         return StorePaths(train=given.resolve(), validation=validation if request.validation_fasta else None)
@@ -210,6 +217,16 @@ def _build_stores(request: RunRequest, run: RunFolder, config: RunConfig, consol
         f"held out for validation: {held_out:,} proteins, by a hash of the sequence; homologs may be in training"
     )
     return StorePaths(train=train, validation=validation if held_out else None)
+
+
+def _open_prepared(store: Path) -> None:
+    """Raise InputError unless this folder is a token store."""
+    if (store / SPLIT_FILE).is_file():
+        raise InputError(
+            f"{store}: holds a split, not one token store; give --fasta {store / 'train'} "
+            f"--val-fasta {store / 'validation'}"
+        )
+    TokenStore.open(store)
 
 
 def _build(fasta: Sequence[str], store: Path, console: Console) -> None:
@@ -232,7 +249,11 @@ def _check_sources(request: RunRequest, run: RunFolder) -> None:
     if request.validation_fasta is not None:
         if paths.validation is None:
             raise InputError("--resume: the run began without --val-fasta")
-        if difference := TokenStore.open(paths.validation).difference_from([request.validation_fasta]):
+        named_validation = Path(request.validation_fasta)
+        if named_validation.is_dir():
+            if named_validation.resolve() != paths.validation.resolve():
+                raise InputError(f"--resume: the run began with {paths.validation}, not with {named_validation}")
+        elif difference := TokenStore.open(paths.validation).difference_from([request.validation_fasta]):
             raise InputError(f"--resume: --val-fasta: {difference}")
 
 
