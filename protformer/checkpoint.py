@@ -42,6 +42,7 @@ class TrainingProvenance:
     """Tokens of a training window."""
     masking_rate: float = 0.15
     masking_scheme: str = "bert"
+    masking_span_mean_length: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

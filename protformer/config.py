@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from protformer.errors import ConfigError
 
 Packing = Literal["attend", "isolate"]
+OnLong = Literal["crop", "windows", "skip"]
 Direction = Literal["bidirectional", "unidirectional"]
 GeneralizedFunction = Literal["relu", "elu_plus_one", "sigmoid", "exp", "abs", "gelu"]
 
@@ -104,8 +105,20 @@ class MaskingConfig:
     scheme: Literal["bert", "protein_lm"] = "bert"
     """Shares of MASK, random residue and unchanged: 80/10/10, or 10/80/10 as the released protein_lm code has it."""
 
+    span_mean_length: float = 1.0
+    """Above 1, spans of neighbouring residues are masked together: geometric lengths of this mean, at the same rate."""
+
     def __post_init__(self) -> None:
         _require(0.0 < self.rate <= 1.0, "data.masking.rate", self.rate, "above 0 and at most 1")
+        mean, rate = self.span_mean_length, self.rate
+        _require(mean >= 1.0, "data.masking.span_mean_length", mean, "at least 1")
+        # The mean gap between spans, mean * (1 - rate) / rate, is at least one residue.
+        _require(
+            mean == 1.0 or mean * (1.0 - rate) >= rate,
+            "data.masking.span_mean_length",
+            mean,
+            f"1, or at least {rate / max(1e-9, 1.0 - rate):.3g}, so that spans at data.masking.rate {rate} leave gaps",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +129,14 @@ class DataConfig:
     """Tokens a row (window), EOS of each protein included."""
     packing: Packing = "attend"
     """`attend`: proteins chained by EOS and cut into windows, all see all (paper). `isolate`: each sees only itself."""
+    on_long: OnLong = "crop"
+    """What `isolate` makes of a protein longer than a row, and any packing of such a pair: a random crop each epoch,
+    consecutive windows (not for pairs), or nothing."""
+    source_weights: list[float] | None = None
+    """Share of each --fasta in the tokens, in their order, in any unit; by size if not given."""
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    num_workers: int | None = None
+    """Processes that prepare batches ahead; if not given, one on a GPU and none elsewhere. Batches are the same."""
     validation_fraction: float = 0.02
     """Share of proteins, by hash of the sequence, held out when no --val-fasta is given."""
     max_validation_residues: int = 1_000_000
@@ -136,6 +156,9 @@ class DataConfig:
             self.max_validation_residues,
             "at least 1",
         )
+        for number, weight in enumerate(self.source_weights or ()):
+            _require(weight > 0, f"data.source_weights[{number}]", weight, "above 0")
+        _require(self.num_workers is None or self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,88 @@
+"""Pairs of interacting proteins of a token store, as an array on disk.
+
+In: a token store with ids, and a table of pairs (see `pairs`). Out: an `.npy` file of int64 (pair, 2), the indices of
+both proteins. Pairs labelled 0 do not interact and are left out, and so are pairs of which a protein is held out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protformer.corpus.compression import Source, describe_source
+from protformer.corpus.duplicates import quote
+from protformer.corpus.id_lookup import find_proteins
+from protformer.corpus.pairs import read_pairs, resolve_pairs
+from protformer.corpus.token_store import TokenStore
+from protformer.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairReport:
+    """What became of the lines of a table."""
+
+    num_pairs: int
+    num_negative: int
+    num_held_out: int
+    num_long: int
+    """Of the pairs that are kept: how many are longer than a row."""
+
+    def summary(self, max_residues: int, is_cropped: bool) -> str:
+        """One line for the user."""
+        fate = "cropped to fit, anew each epoch" if is_cropped else "left out"
+        return (
+            f"{self.num_pairs:,} pairs; left out: {self.num_negative:,} labelled 0, {self.num_held_out:,} with a held-out"
+            f" protein; {self.num_long:,} are longer than a row of {max_residues:,} tokens and are {fate}"
+        )
+
+
+class InteractingPairs:
+    """Pairs of one store, open for reading."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.proteins: NDArray[np.int64] = np.load(file, mmap_mode="r").view(np.ndarray)
+        """(pair, 2) indices in the store."""
+
+    def __len__(self) -> int:
+        return len(self.proteins)
+
+    def __reduce__(self) -> tuple[Callable[[Path], "InteractingPairs"], tuple[Path]]:
+        """A worker process maps the file again instead of receiving a copy of it."""
+        return InteractingPairs, (self.file,)
+
+
+def build_interacting_pairs(
+    store: TokenStore, held_out: TokenStore | None, table: Source, file: Path, *, max_residues: int
+) -> PairReport:
+    """Find the proteins of the pairs and write the array.
+
+    Raises InputError for an id that neither store has, one that several proteins share, or when no pair is left.
+    """
+    pairs = read_pairs(table)
+    positive = [pair for pair in pairs if pair.label != 0]
+    names = sorted({name for pair in positive for name in (pair.a, pair.b)})
+    found = find_proteins(store, names) if names else {}
+    absent = [name for name in names if name not in found]
+    also_held_out = find_proteins(held_out, absent) if held_out is not None and absent else {}
+    resolve_pairs(positive, found.keys() | also_held_out.keys(), table)
+    for name, indices in found.items():
+        if len(indices) > 1:
+            raise InputError(
+                f"{describe_source(table)}: {quote(name)} is the id of {len(indices)} proteins in the FASTA"
+            )
+    kept = [(found[pair.a][0], found[pair.b][0]) for pair in positive if pair.a in found and pair.b in found]
+    if not kept:
+        raise InputError(f"{describe_source(table)}: no pair is left to train on")
+    proteins = np.array(kept, dtype=np.int64)
+    lengths = (store.offsets[proteins + 1] - store.offsets[proteins]).sum(axis=1)
+    with file.open("wb") as out:
+        np.save(out, proteins)
+    return PairReport(
+        num_pairs=len(kept),
+        num_negative=len(pairs) - len(positive),
+        num_held_out=len(positive) - len(kept),
+        num_long=int((lengths > max_residues).sum()),
+    )
