@@ -54,9 +54,9 @@ def command(
 ) -> None:
     """Train a language model on proteins.
 
-    Several --fasta make one corpus; --set data.source_weights='[3, 1]' gives each its share. Ctrl-C and SIGTERM save and leave; the same command with --resume
-    goes on as if never stopped. The run folder holds config.yaml, metrics.csv, curves.png, checkpoints/last.ckpt and
-    model/.
+    Several --fasta make one corpus; --set data.source_weights='[3, 1]' gives each its share. Ctrl-C and SIGTERM save
+    and leave; the same command with --resume goes on as if never stopped. The run folder holds config.yaml,
+    metrics.csv, curves.png, checkpoints/last.ckpt and model/.
 
     \b
     Example:

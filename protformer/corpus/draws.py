@@ -78,4 +78,5 @@ class DrawOrder:
 def _scale(numbers: NDArray[np.int64], numerator: int, denominator: int) -> NDArray[np.int64]:
     """floor(number * numerator / denominator) without a product beyond 64 bits."""
     whole, rest = np.divmod(numbers, denominator)
-    return whole * numerator + rest * numerator // denominator
+    scaled: NDArray[np.int64] = whole * numerator + rest * numerator // denominator
+    return scaled

@@ -4,7 +4,7 @@ In: a token store with ids, and a table of pairs (see `pairs`). Out: an `.npy` f
 both proteins. Pairs labelled 0 do not interact and are left out, and so are pairs of which a protein is held out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from protformer.corpus.compression import Source, describe_source
 from protformer.corpus.duplicates import quote
-from protformer.corpus.id_lookup import find_proteins
+from protformer.corpus.identifiers import stored_ids
 from protformer.corpus.pairs import read_pairs, resolve_pairs
 from protformer.corpus.token_store import TokenStore
 from protformer.errors import InputError
@@ -33,8 +33,8 @@ class PairReport:
         """One line for the user."""
         fate = "cropped to fit, anew each epoch" if is_cropped else "left out"
         return (
-            f"{self.num_pairs:,} pairs; left out: {self.num_negative:,} labelled 0, {self.num_held_out:,} with a held-out"
-            f" protein; {self.num_long:,} are longer than a row of {max_residues:,} tokens and are {fate}"
+            f"{self.num_pairs:,} pairs; left out: {self.num_negative:,} labelled 0, {self.num_held_out:,} with a"
+            f" held-out protein; {self.num_long:,} are longer than a row of {max_residues:,} tokens and are {fate}"
         )
 
 
@@ -64,9 +64,9 @@ def build_interacting_pairs(
     pairs = read_pairs(table)
     positive = [pair for pair in pairs if pair.label != 0]
     names = sorted({name for pair in positive for name in (pair.a, pair.b)})
-    found = find_proteins(store, names) if names else {}
+    found = _find_proteins(store, names)
     absent = [name for name in names if name not in found]
-    also_held_out = find_proteins(held_out, absent) if held_out is not None and absent else {}
+    also_held_out = _find_proteins(held_out, absent) if held_out is not None and absent else {}
     resolve_pairs(positive, found.keys() | also_held_out.keys(), table)
     for name, indices in found.items():
         if len(indices) > 1:
@@ -86,3 +86,16 @@ def build_interacting_pairs(
         num_held_out=len(positive) - len(kept),
         num_long=int((lengths > max_residues).sum()),
     )
+
+
+def _find_proteins(store: TokenStore, names: Iterable[str]) -> dict[str, list[int]]:
+    """The indices of all proteins with one of these ids; an id without any is left out."""
+    wanted = {name.encode("utf-8"): name for name in names}
+    found: dict[str, list[int]] = {}
+    first = 0
+    for identifiers in stored_ids(store):
+        for index, identifier in enumerate(identifiers, start=first):
+            if identifier in wanted:
+                found.setdefault(wanted[identifier], []).append(index)
+        first += len(identifiers)
+    return found

@@ -78,7 +78,8 @@ def in_spans(length: int, rate: float, mean_length: float, generator: np.random.
         ends = np.append(ends, ends[-1] + np.cumsum(runs))
     # Runs alternate, so a position's side is the parity of the runs that ended at or before it.
     ended = np.cumsum(np.bincount(ends[1:][ends[1:] < length], minlength=length))
-    return (ended % 2 == 0) == starts_inside
+    inside: NDArray[np.bool_] = (ended % 2 == 0) == starts_inside
+    return inside
 
 
 def mask_row_for_evaluation(row: PackedRow, rate: float, generator: np.random.Generator) -> MaskedRow:

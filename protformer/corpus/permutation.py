@@ -49,13 +49,15 @@ def _feistel(values: NDArray[np.uint64], half_bits: NDArray[np.uint64], keys: ND
     for number in range(ROUNDS):
         round_keys = _mix(keys + np.uint64(number))
         left, right = right, left ^ (_mix(right + round_keys) & half_mask)
-    return left << half_bits | right
+    joined: NDArray[np.uint64] = left << half_bits | right
+    return joined
 
 
 def _half_bits(bounds: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Half of the bits, rounded up, that the largest index takes; from 2 ** 53 on it may be one more than needed."""
     _, num_bits = np.frexp((bounds - _ONE).astype(np.float64))
-    return np.maximum(1, (num_bits + 1) // 2).astype(np.uint64)
+    half_bits: NDArray[np.uint64] = np.maximum(1, (num_bits + 1) // 2).astype(np.uint64)
+    return half_bits
 
 
 def _of(values: NDArray[np.uint64], chosen: NDArray[np.int64]) -> NDArray[np.uint64]:

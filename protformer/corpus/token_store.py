@@ -109,16 +109,12 @@ class TokenStore:
     def id(self, index: int) -> str:
         """The id of one protein. Raises InputError if the store was made without ids."""
         self._check_index(index)
-        text, offsets = self.id_table()
-        return text[int(offsets[index]) : int(offsets[index + 1])].tobytes().decode("utf-8")
-
-    def id_table(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """All ids in UTF-8 one after another, and (protein + 1,) where they begin. Raises InputError as `id` does."""
         if self._ids is None:
             if not (self.path / IDS_FILE).exists():
                 raise InputError(f"{describe_source(self.path)}: this token store was made without ids")
             self._ids = self._map_ids()
-        return self._ids
+        text, offsets = self._ids
+        return text[int(offsets[index]) : int(offsets[index + 1])].tobytes().decode("utf-8")
 
     def difference_from(self, fasta: Sequence[Source]) -> str | None:
         """One line on how these files differ from those that the store was made from; None if they do not."""

@@ -43,7 +43,10 @@ RESUMABLE_CHANGES = frozenset(
 STARTING_MARK = ".protformer-starting"
 """Lies in a run folder that this program has made, until the run has its token stores and config.yaml."""
 
-MADE_WHILE_STARTING = r"(\.?(store|validation)(-\d+)?(\.\d+\.(tmp|old))?)|clusters|pairs\.npy|stores\.json(\.partial)?|config\.yaml\.partial"
+MADE_WHILE_STARTING = (
+    r"(\.?(store|validation)(-\d+)?(\.\d+\.(tmp|old))?)|clusters|pairs\.npy"
+    r"|stores\.json(\.partial)?|config\.yaml\.partial"
+)
 """What may be in such a folder besides the mark; nothing else is ever removed."""
 
 

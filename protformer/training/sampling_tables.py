@@ -36,7 +36,8 @@ def check_sampling(fasta: Sequence[str], data: DataConfig, *, clusters: str | No
     option = "--clusters" if clusters is not None else "--pairs" if pairs is not None else None
     if option is not None and num_stores > 1:
         raise InputError(
-            f"{option}: goes with one token store, or with FASTA files without data.source_weights; here are {num_stores}"
+            f"{option}: goes with one token store, or with FASTA files without data.source_weights, not with"
+            f" {num_stores} stores"
         )
     if pairs is not None and data.on_long == "windows":
         raise ConfigError("data.on_long: 'windows' would part the proteins of a pair; with --pairs it is crop or skip")
