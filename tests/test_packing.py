@@ -11,7 +11,7 @@ from small_stores import make_store
 from protformer.alphabet import EOS, PAD
 from protformer.config import DataConfig
 from protformer.corpus.packing import POOL_SIZE, best_fit_decreasing, build_packing
-from protformer.corpus.row_stream import SamplerPosition, row_generator, row_plans
+from protformer.corpus.row_stream import SamplerPosition, position_behind, row_generator, row_plans
 from protformer.corpus.sampling import Corpus
 
 LENGTHS = [40, 10, 200, 33, 70, 8, 90, 120]
@@ -28,7 +28,7 @@ def pack(*stores, seed=5, **fields):
 
 
 def rows_of(packing, units):
-    return [packing.assemble(plan) for plans in packing.plan(np.array(units)) for plan in plans]
+    return [packing.assemble(plan) for plan in packing.plan(np.array(units))]
 
 
 def epoch_of(packing, epoch):
@@ -49,8 +49,7 @@ def coordinates(packing, epoch):
     units = np.arange(epoch * packing.units_per_epoch, (epoch + 1) * packing.units_per_epoch)
     return sorted(
         (store, place)
-        for plans in packing.plan(units)
-        for plan in plans
+        for plan in packing.plan(units)
         for group in plan.groups
         for store, start, end in group
         for place in range(start, end)
@@ -155,7 +154,7 @@ def test_a_stream_taken_up_at_any_position_goes_on_with_the_very_next_row(
     for cut in sorted(cuts):
         part = list(islice(row_plans(packing, position, rank=rank, num_ranks=num_ranks), cut - done))
         assert part == stream[done:cut]
-        position, done = stream[cut - 1][1], cut
+        position, done = position_behind(stream[cut - 1], num_ranks=num_ranks), cut
     assert next(row_plans(packing, position, rank=rank, num_ranks=num_ranks)) == stream[done]
 
 
@@ -165,7 +164,7 @@ def test_ranks_together_cover_everything_once(tmp_path_factory, num_ranks, lengt
     store = make_store(tmp_path_factory.mktemp("store"), lengths)
     packing = pack(store, packing="attend", max_residues=16)
     streams = [row_plans(packing, SamplerPosition(), rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
-    in_turns = [next(streams[i % num_ranks])[0] for i in range(2 * packing.units_per_epoch)]
+    in_turns = [next(streams[i % num_ranks]) for i in range(2 * packing.units_per_epoch)]
     for lap in (in_turns[: packing.units_per_epoch], in_turns[packing.units_per_epoch :]):
         places = sorted(
             i for plan in lap for group in plan.groups for _, start, end in group for i in range(start, end)
@@ -180,7 +179,7 @@ def test_ranks_take_the_pools_of_an_epoch_in_turns(tmp_path):
     seen = []
     for rank in range(3):
         stream = row_plans(packing, SamplerPosition(), rank=rank, num_ranks=3)
-        seen += [plan for plan, after in islice(stream, 200) if plan.unit == rank]
+        seen += [plan for plan in islice(stream, 200) if plan.unit == rank]
     starts = sorted(span.start for plan in seen for (span,) in plan.groups)
     assert starts == [11 * i for i in range(3 * POOL_SIZE)]
 
@@ -190,12 +189,12 @@ def test_more_ranks_than_windows_still_gives_every_rank_rows(tmp_path):
     packing = pack(store, packing="attend")
     for rank in range(4):
         plans = islice(row_plans(packing, SamplerPosition(), rank=rank, num_ranks=4), 3)
-        assert all(np.array_equal(packing.assemble(plan).tokens[:11], store.tokens) for plan, _ in plans)
+        assert all(np.array_equal(packing.assemble(plan).tokens[:11], store.tokens) for plan in plans)
 
 
 def test_each_row_has_a_generator_of_its_own(tmp_path):
     packing = pack(make_store(tmp_path, LENGTHS), packing="isolate")
-    plans = [plan for plan, _ in islice(row_plans(packing, SamplerPosition()), 50)]
+    plans = list(islice(row_plans(packing, SamplerPosition()), 50))
     first, again = ([row_generator(3, plan).random() for plan in plans] for _ in range(2))
     assert first == again
     assert len(set(first)) == 50

@@ -6,18 +6,17 @@ In: a token store with ids and a table of clusters (see `clusters`). Out: a fold
 - `members.npy`: int32 or int64 (protein,), indices of proteins in the store.
 
 A protein that the table does not list is a cluster of its own. Making the arrays takes some 60 bytes of memory a
-protein; sampling maps the files.
+protein; sampling reads what it needs from the files.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from protformer.corpus.clusters import read_clusters
 from protformer.corpus.compression import Source
+from protformer.corpus.random_reads import ArrayFile
 from protformer.corpus.token_store import TokenStore
 
 STARTS_FILE, MEMBERS_FILE = "starts.npy", "members.npy"
@@ -44,20 +43,11 @@ class ClusterMembers:
     """The clusters of one store, open for reading."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        # Indexing np.memmap is several times slower than indexing an array over the same memory.
-        self.starts: NDArray[np.int64] = np.load(folder / STARTS_FILE, mmap_mode="r").view(np.ndarray)
-        self.members: NDArray[np.int32] | NDArray[np.int64] = np.load(folder / MEMBERS_FILE, mmap_mode="r").view(
-            np.ndarray
-        )
+        self.starts, self.members = ArrayFile(folder / STARTS_FILE), ArrayFile(folder / MEMBERS_FILE)
 
     def __len__(self) -> int:
         """Number of clusters."""
-        return len(self.starts) - 1
-
-    def __reduce__(self) -> tuple[Callable[[Path], "ClusterMembers"], tuple[Path]]:
-        """A worker process maps the files again instead of receiving a copy of them."""
-        return ClusterMembers, (self.folder,)
+        return self.starts.shape[0] - 1
 
 
 def build_cluster_members(store: TokenStore, table: Source, folder: Path) -> ClusterReport:

@@ -4,17 +4,17 @@ In: a token store with ids, and a table of pairs (see `pairs`). Out: an `.npy` f
 both proteins. Pairs labelled 0 do not interact and are left out, and so are pairs of which a protein is held out.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from protformer.corpus.compression import Source, describe_source
 from protformer.corpus.duplicates import quote
 from protformer.corpus.identifiers import stored_ids
 from protformer.corpus.pairs import read_pairs, resolve_pairs
+from protformer.corpus.random_reads import ArrayFile
 from protformer.corpus.token_store import TokenStore
 from protformer.errors import InputError
 
@@ -42,16 +42,11 @@ class InteractingPairs:
     """Pairs of one store, open for reading."""
 
     def __init__(self, file: Path) -> None:
-        self.file = file
-        self.proteins: NDArray[np.int64] = np.load(file, mmap_mode="r").view(np.ndarray)
+        self.proteins = ArrayFile(file)
         """(pair, 2) indices in the store."""
 
     def __len__(self) -> int:
-        return len(self.proteins)
-
-    def __reduce__(self) -> tuple[Callable[[Path], "InteractingPairs"], tuple[Path]]:
-        """A worker process maps the file again instead of receiving a copy of it."""
-        return InteractingPairs, (self.file,)
+        return self.proteins.shape[0]
 
 
 def build_interacting_pairs(

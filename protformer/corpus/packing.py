@@ -28,8 +28,9 @@ from protformer.config import DataConfig, OnLong
 from protformer.corpus.draws import DrawOrder
 from protformer.corpus.interacting_pairs import InteractingPairs
 from protformer.corpus.permutation import keyed_hash, keyed_integers, permute
+from protformer.corpus.random_reads import ArrayFile, BytesFile
 from protformer.corpus.sampling import ClusterDraws, Corpus, ProteinDraws, Proteins, StoreDraws
-from protformer.corpus.token_store import TokenStore
+from protformer.corpus.token_store import OFFSETS_FILE, TOKENS_FILE, TokenStore
 
 POOL_SIZE = 512
 """Proteins (or pairs) that are packed together."""
@@ -57,14 +58,15 @@ class Span(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class RowPlan:
+class RowPlan(NamedTuple):
     """What a row is to hold: spans of stores, in groups that see each other."""
 
     groups: tuple[tuple[Span, ...], ...]
     unit: int
     row: int
     """Its place among the rows of its unit; what is random about a row depends on the seed, the unit and this."""
+    is_last: bool
+    """Of its unit."""
 
 
 class RowPacking(ABC):
@@ -75,7 +77,7 @@ class RowPacking(ABC):
 
     def __init__(self, stores: Sequence[TokenStore], *, max_residues: int, seed: int) -> None:
         self.max_residues, self.seed = max_residues, seed
-        self._tokens = [store.tokens.view(np.ndarray) for store in stores]
+        self._tokens = [BytesFile(store.path / TOKENS_FILE) for store in stores]
         self._one_segment = np.ones(max_residues, dtype=np.int32)
         self._one_segment.flags.writeable = False
 
@@ -85,22 +87,24 @@ class RowPacking(ABC):
         """Units in one epoch."""
 
     @abstractmethod
-    def plan(self, units: NDArray[np.int64]) -> list[list[RowPlan]]:
-        """The rows of each of these units."""
+    def plan(self, units: NDArray[np.int64]) -> list[RowPlan]:
+        """The rows of these units, unit by unit."""
 
     def assemble(self, plan: RowPlan) -> PackedRow:
         """The row itself; its segments may not be written to."""
         if len(plan.groups) == 1 and len(plan.groups[0]) == 1:
             ((store, start, end),) = plan.groups[0]
             if end - start == self.max_residues:
-                return PackedRow(tokens=self._tokens[store][start:end].copy(), segments=self._one_segment)
+                tokens = np.empty(self.max_residues, dtype=np.uint8)
+                self._tokens[store].read_into(tokens, start)
+                return PackedRow(tokens=tokens, segments=self._one_segment)
         tokens = np.full(self.max_residues, PAD, dtype=np.uint8)
         segments = np.zeros(self.max_residues, dtype=np.int32)
         filled = 0
         for segment, group in enumerate(plan.groups, start=1):
             begin = filled
             for store, start, end in group:
-                tokens[filled : filled + end - start] = self._tokens[store][start:end]
+                self._tokens[store].read_into(tokens[filled : filled + end - start], start)
                 filled += end - start
             segments[begin:filled] = segment
         return PackedRow(tokens=tokens, segments=segments)
@@ -151,7 +155,7 @@ class WindowPacking(RowPacking):
     def units_per_epoch(self) -> int:
         return self._order.draws_per_epoch
 
-    def plan(self, units: NDArray[np.int64]) -> list[list[RowPlan]]:
+    def plan(self, units: NDArray[np.int64]) -> list[RowPlan]:
         draws = self._order.draw(units)
         sizes = self._sizes[draws.source]
         first = keyed_integers(sizes, self.seed, CUT, draws.source, draws.lap)
@@ -161,7 +165,7 @@ class WindowPacking(RowPacking):
         start = (first + begin) % sizes
         columns = (units, draws.source, start, start + length, sizes)
         return [
-            [RowPlan((_on_ring(store, begin, end, size),), unit, 0)]
+            RowPlan((_on_ring(store, begin, end, size),), unit, 0, True)
             for unit, store, begin, end, size in zip(*(column.tolist() for column in columns), strict=True)
         ]
 
@@ -186,8 +190,8 @@ class PoolPacking(RowPacking):
     def units_per_epoch(self) -> int:
         return -(-self.draws_per_epoch // self.pool_size)
 
-    def plan(self, units: NDArray[np.int64]) -> list[list[RowPlan]]:
-        return [self._plan(unit) for unit in units.tolist()]
+    def plan(self, units: NDArray[np.int64]) -> list[RowPlan]:
+        return [plan for unit in units.tolist() for plan in self._plan(unit)]
 
     def _plan(self, unit: int) -> list[RowPlan]:
         """The rows of one pool, in a random order: best-fit would give the longest proteins first."""
@@ -195,7 +199,8 @@ class PoolPacking(RowPacking):
         begin, end = pool * self.pool_size, min((pool + 1) * self.pool_size, self.draws_per_epoch)
         rows = self.rows(epoch * self.draws_per_epoch + np.arange(begin, end))
         order = permute(np.arange(len(rows)), max(1, len(rows)), keyed_hash(self.seed, ORDER, unit))
-        return [RowPlan(rows[chosen], unit, number) for number, chosen in enumerate(order.tolist())]
+        last = len(rows) - 1
+        return [RowPlan(rows[chosen], unit, row, row == last) for row, chosen in enumerate(order.tolist())]
 
 
 class ChainPacking(PoolPacking):
@@ -287,8 +292,8 @@ class PairPacking(PoolPacking):
         """`sees_row`: all tokens of a row see each other, not only those of a pair."""
         super().__init__([store], max_residues=max_residues, seed=seed)
         self._pairs, self._on_long, self._sees_row = pairs.proteins, on_long, sees_row
-        self._offsets = store.offsets.view(np.ndarray)
-        self._order = DrawOrder([2 * len(self._pairs)], seed=seed)
+        self._offsets = ArrayFile(store.path / OFFSETS_FILE)
+        self._order = DrawOrder([2 * len(pairs)], seed=seed)
 
     @property
     def draws_per_epoch(self) -> int:
@@ -297,8 +302,8 @@ class PairPacking(PoolPacking):
     def rows(self, draws: NDArray[np.int64]) -> list[tuple[tuple[Span, ...], ...]]:
         item = self._order.draw(draws).item
         swapped = (item % 2)[:, None]
-        proteins = np.take_along_axis(self._pairs[item // 2], np.concatenate([swapped, 1 - swapped], axis=1), axis=1)
-        starts, ends = self._offsets[proteins], self._offsets[proteins + 1]
+        proteins = np.take_along_axis(self._pairs.rows(item // 2), np.concatenate([swapped, 1 - swapped], axis=1), 1)
+        starts, ends = self._offsets.rows(proteins.ravel(), 2).reshape(-1, 2, 2).transpose(2, 0, 1)
         kept = share_room(ends - starts, self.max_residues)
         shift = np.stack(
             [keyed_integers((ends - starts - kept)[:, i] + 1, self.seed, CROP, draws, i) for i in (0, 1)], axis=1

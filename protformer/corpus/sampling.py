@@ -1,7 +1,7 @@
 """What a run draws from, and the proteins that its draws give.
 
 In: one or several token stores, perhaps clusters or pairs of their proteins. Out: `Proteins`, arrays that say where
-the drawn proteins lie. Memory is O(1): stores, clusters and pairs are mapped files.
+the drawn proteins lie. Memory is O(1): what a draw needs is read from the files of stores and clusters.
 
 - Proteins of the stores, each once an epoch, or in the shares that weights give.
 - With clusters: uniform over clusters, then a member, as models trained on UniRef50 clusters do. A cluster goes
@@ -20,7 +20,8 @@ from protformer.corpus.cluster_members import ClusterMembers
 from protformer.corpus.draws import DrawOrder
 from protformer.corpus.interacting_pairs import InteractingPairs
 from protformer.corpus.permutation import keyed_hash, permute
-from protformer.corpus.token_store import TokenStore
+from protformer.corpus.random_reads import ArrayFile
+from protformer.corpus.token_store import OFFSETS_FILE, TokenStore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,8 +52,7 @@ class ProteinDraws(ABC):
 
     def __init__(self, stores: Sequence[TokenStore], *, seed: int) -> None:
         self.seed = seed
-        # Indexing np.memmap is several times slower than indexing an array over the same memory.
-        self.offsets = [store.offsets.view(np.ndarray) for store in stores]
+        self._offsets = [ArrayFile(store.path / OFFSETS_FILE) for store in stores]
 
     @property
     @abstractmethod
@@ -64,11 +64,11 @@ class ProteinDraws(ABC):
         """The proteins of these draws, which count from 0 at the start of a run."""
 
     def _locate(self, numbers: NDArray[np.int64], store: NDArray[np.int64], protein: NDArray[np.int64]) -> Proteins:
-        start, end = np.empty_like(protein), np.empty_like(protein)
-        for number, offsets in enumerate(self.offsets):
+        bounds = np.empty((len(protein), 2), dtype=np.int64)
+        for number, offsets in enumerate(self._offsets):
             own = np.flatnonzero(store == number)
-            start[own], end[own] = offsets[protein[own]], offsets[protein[own] + 1]
-        return Proteins(draw=numbers, store=store, start=start, end=end)
+            bounds[own] = offsets.rows(protein[own], 2)
+        return Proteins(draw=numbers, store=store, start=bounds[:, 0], end=bounds[:, 1])
 
 
 class StoreDraws(ProteinDraws):
@@ -104,9 +104,9 @@ class ClusterDraws(ProteinDraws):
 
     def draw(self, numbers: NDArray[np.int64]) -> Proteins:
         draws = self._order.draw(numbers)
-        starts, members = self._clusters.starts, self._clusters.members
-        first = starts[draws.item]
-        sizes = starts[draws.item + 1] - first
+        first, end = self._clusters.starts.rows(draws.item, 2).T
+        sizes = end - first
         lap, place = np.divmod(draws.lap, sizes)
         member = permute(place, sizes, keyed_hash(self.seed, draws.item, lap))
-        return self._locate(numbers, draws.source, members[first + member].astype(np.int64))
+        protein = self._clusters.members.rows(first + member)[:, 0]
+        return self._locate(numbers, draws.source, protein)

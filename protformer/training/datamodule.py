@@ -19,7 +19,7 @@ from protformer.config import RunConfig
 from protformer.corpus.evaluation_rows import EVALUATION_RATE, evaluation_rows
 from protformer.corpus.masking import IGNORE, MaskedRow, mask_row, shift_row
 from protformer.corpus.packing import RowPacking, RowPlan, build_packing
-from protformer.corpus.row_stream import SamplerPosition, row_generator, row_plans
+from protformer.corpus.row_stream import SamplerPosition, position_behind, row_generator, row_plans
 from protformer.corpus.sampling import Corpus
 from protformer.corpus.token_store import TokenStore
 from protformer.evaluation.masked_lm import MaskedBatch
@@ -140,9 +140,9 @@ class BatchStream(IterableDataset[TrainingBatch]):
             number += 1
             chosen = list(islice(plans, self.batch_rows))
             if (number - self.num_batches - 1) % every == turn:
-                yield self._batch([plan for plan, _ in chosen], number, chosen[-1][1])
+                yield self._batch(chosen, number)
 
-    def _batch(self, plans: list[RowPlan], number: int, after: SamplerPosition) -> TrainingBatch:
+    def _batch(self, plans: list[RowPlan], number: int) -> TrainingBatch:
         rows = [self.packing.assemble(plan) for plan in plans]
         if self.config.model.direction == "unidirectional":
             masked = [shift_row(row) for row in rows]
@@ -157,7 +157,7 @@ class BatchStream(IterableDataset[TrainingBatch]):
             num_tokens=int((stacked.segments > 0).sum()),
             num_residues=int(((tokens >= FIRST_RESIDUE) & (tokens <= LAST_RESIDUE)).sum()),
             num_asked=int((stacked.targets != IGNORE).sum()),
-            after=after,
+            after=position_behind(plans[-1], num_ranks=self.num_ranks),
         )
 
 
