@@ -1,7 +1,7 @@
 """Proteins to rows of a fixed number of tokens, in an order that is computed and never stored.
 
 In: a `Corpus`, in whose stores every protein ends with EOS. Out: for each unit of work (a window, or a pool of
-proteins that are packed together) its `RowPlan`s, and from a plan a `PackedRow`. Units count from 0 at the start of a
+proteins that are packed together) its `RowPlan`s, and from plans `PackedRows`. Units count from 0 at the start of a
 run and never end; any of them can be asked for at any time.
 
 - `attend` (the paper's concatenation task, Choromanski et al. 2021, section 4.5): proteins are chained and cut into
@@ -16,7 +16,7 @@ run and never end; any of them can be asked for at any time.
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,12 +50,22 @@ class PackedRow:
     """(residue,) 0 for padding; in `attend` 1; in `isolate` 1, 2, ... for the first, second, ... protein of the row."""
 
 
-class Span(NamedTuple):
-    """A stretch of tokens of one store."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedRows:
+    """Several rows; iterating gives each as a `PackedRow`."""
 
-    store: int
-    start: int
-    end: int
+    tokens: NDArray[np.uint8]
+    """(row, residue)"""
+    segments: NDArray[np.int32]
+    """(row, residue)"""
+
+    def __iter__(self) -> Iterator[PackedRow]:
+        for tokens, segments in zip(self.tokens, self.segments, strict=True):
+            yield PackedRow(tokens=tokens, segments=segments)
+
+
+Span = tuple[int, int, int]
+"""A stretch of tokens: number of its store, start, end."""
 
 
 class RowPlan(NamedTuple):
@@ -77,7 +87,7 @@ class RowPacking(ABC):
 
     def __init__(self, stores: Sequence[TokenStore], *, max_residues: int, seed: int) -> None:
         self.max_residues, self.seed = max_residues, seed
-        self._tokens = [BytesFile(store.path / TOKENS_FILE) for store in stores]
+        self._files = [BytesFile(store.path / TOKENS_FILE) for store in stores]
         self._one_segment = np.ones(max_residues, dtype=np.int32)
         self._one_segment.flags.writeable = False
 
@@ -90,24 +100,37 @@ class RowPacking(ABC):
     def plan(self, units: NDArray[np.int64]) -> list[RowPlan]:
         """The rows of these units, unit by unit."""
 
-    def assemble(self, plan: RowPlan) -> PackedRow:
-        """The row itself; its segments may not be written to."""
-        if len(plan.groups) == 1 and len(plan.groups[0]) == 1:
-            ((store, start, end),) = plan.groups[0]
-            if end - start == self.max_residues:
-                tokens = np.empty(self.max_residues, dtype=np.uint8)
-                self._tokens[store].read_into(tokens, start)
-                return PackedRow(tokens=tokens, segments=self._one_segment)
-        tokens = np.full(self.max_residues, PAD, dtype=np.uint8)
-        segments = np.zeros(self.max_residues, dtype=np.int32)
+    def assemble(self, plans: Sequence[RowPlan]) -> PackedRows:
+        """The rows themselves; their segments may not be written to."""
+        length = self.max_residues
+        tokens = np.empty((len(plans), length), dtype=np.uint8)
+        room = tokens.reshape(-1).data
+        others: list[int] = []
+        read_into = [file.read_into for file in self._files]
+        for number, (groups, _, _, _) in enumerate(plans):
+            store, start, end = groups[0][0]
+            if end - start == length:  # one span is all of the row, as nearly always with windows
+                read_into[store](room[number * length : (number + 1) * length], start)
+            else:
+                others.append(number)
+        segments = np.broadcast_to(self._one_segment, tokens.shape)
+        if others:
+            segments = segments.copy()
+            for number in others:
+                self._fill(tokens[number], segments[number], plans[number].groups)
+        return PackedRows(tokens=tokens, segments=segments)
+
+    def _fill(
+        self, tokens: NDArray[np.uint8], segments: NDArray[np.int32], groups: tuple[tuple[Span, ...], ...]
+    ) -> None:
         filled = 0
-        for segment, group in enumerate(plan.groups, start=1):
+        for segment, group in enumerate(groups, start=1):
             begin = filled
             for store, start, end in group:
-                self._tokens[store].read_into(tokens[filled : filled + end - start], start)
+                self._files[store].read_into(tokens[filled : filled + end - start].data, start)
                 filled += end - start
             segments[begin:filled] = segment
-        return PackedRow(tokens=tokens, segments=segments)
+        tokens[filled:], segments[filled:] = PAD, 0
 
 
 def build_packing(corpus: Corpus, config: DataConfig, *, seed: int) -> RowPacking:
@@ -165,7 +188,7 @@ class WindowPacking(RowPacking):
         start = (first + begin) % sizes
         columns = (units, draws.source, start, start + length, sizes)
         return [
-            RowPlan((_on_ring(store, begin, end, size),), unit, 0, True)
+            RowPlan((((store, begin, end),) if end <= size else _on_ring(store, begin, end, size),), unit, 0, True)
             for unit, store, begin, end, size in zip(*(column.tolist() for column in columns), strict=True)
         ]
 
@@ -225,7 +248,7 @@ class ChainPacking(PoolPacking):
                     windows.append([])
                     room = self.max_residues
                 cut = min(end, start + room)
-                windows[-1].append(Span(store, start, cut))
+                windows[-1].append((store, start, cut))
                 room -= cut - start
                 start = cut  # noqa: PLW2901
         return [(tuple(window),) for window in windows]
@@ -259,21 +282,18 @@ class IsolatePacking(PoolPacking):
         shift = keyed_integers(np.maximum(slack, 0) + 1, self.seed, CROP, proteins.draw)
         pieces: list[Span] = []
         for span, over, by in zip(_spans(proteins), excess.tolist(), shift.tolist(), strict=True):
-            pieces += [span] if over <= 0 else self._parts(span, by)
-        rows = best_fit_decreasing([span.end - span.start for span in pieces], self.max_residues)
+            pieces += [span] if over <= 0 else self._parts(*span, by)
+        rows = best_fit_decreasing([end - start for _, start, end in pieces], self.max_residues)
         return [tuple((pieces[i],) for i in row) for row in rows]
 
-    def _parts(self, span: Span, shift: int) -> list[Span]:
+    def _parts(self, store: int, start: int, end: int, shift: int) -> list[Span]:
         """What a protein that is longer than a row gives."""
         length = self.max_residues
         if self._on_long == "skip":
             return []
         if self._on_long == "crop":
-            return [Span(span.store, span.start + shift, span.start + shift + length)]
-        return [
-            Span(span.store, max(start, span.start), min(start + length, span.end))
-            for start in range(span.start - shift, span.end, length)
-        ]
+            return [(store, start + shift, start + shift + length)]
+        return [(store, max(cut, start), min(cut + length, end)) for cut in range(start - shift, end, length)]
 
 
 class PairPacking(PoolPacking):
@@ -315,7 +335,7 @@ class PairPacking(PoolPacking):
         if self._on_long == "skip":
             fits = ((ends - starts).sum(axis=1) <= self.max_residues).tolist()
             groups = [group for group, does_fit in zip(groups, fits, strict=True) if does_fit]
-        lengths = [sum(span.end - span.start for span in group) for group in groups]
+        lengths = [sum(end - start for _, start, end in group) for group in groups]
         rows = [[groups[i] for i in row] for row in best_fit_decreasing(lengths, self.max_residues)]
         return [(tuple(span for group in row for span in group),) if self._sees_row else tuple(row) for row in rows]
 
@@ -348,17 +368,16 @@ def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
 
 def _spans(proteins: Proteins) -> list[Span]:
     columns = (proteins.store.tolist(), proteins.start.tolist(), proteins.end.tolist())
-    return [Span(*place) for place in zip(*columns, strict=True)]
+    return list(zip(*columns, strict=True))
 
 
 def _on_ring(store: int, start: int, end: int, size: int) -> tuple[Span, ...]:
-    if end <= size:
-        return (Span(store, start, end),)
-    return (Span(store, start, size), Span(store, 0, end - size))
+    """A stretch that goes on at the start of its store."""
+    return ((store, start, size), (store, 0, end - size))
 
 
 def _closed(start: int, end: int, kept: int, shift: int) -> tuple[Span, ...]:
     """A protein of one store, or `kept` tokens of it that end with its EOS: where one protein ends must be seen."""
     if kept == end - start:
-        return (Span(0, start, end),)
-    return (Span(0, start + shift, start + shift + kept - 1), Span(0, end - 1, end))
+        return ((0, start, end),)
+    return ((0, start + shift, start + shift + kept - 1), (0, end - 1, end))

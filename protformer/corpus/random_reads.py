@@ -26,9 +26,9 @@ class BytesFile:
             self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
 
-    def read_into(self, out: NDArray[np.uint8], start: int) -> None:
+    def read_into(self, out: memoryview, start: int) -> None:
         """Fill `out` with the bytes from `start` on. Raises InputError if the file ends before."""
-        if os.preadv(self._descriptor, [out.data], start) != len(out):
+        if os.preadv(self._descriptor, [out], start) != len(out):
             raise _shortened(self.path)
 
     def __reduce__(self) -> tuple[Callable[[Path], "BytesFile"], tuple[Path]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from protformer.checkpoint import CONFIG_FILE, read_description
+from protformer.config import load_run_config
 from protformer.corpus.token_store import MANIFEST_FILE, TokenStore
 from protformer.errors import InputError
 from protformer.inference.embedding_writers import SUFFIXES
@@ -81,6 +82,9 @@ def _describe_run(path: Path) -> Facts:
             for row in csv.DictReader(file):
                 latest |= {name: value for name, value in row.items() if value}
         facts |= {f"latest_{name}": value for name, value in latest.items()}
+        if latest:
+            places = int(latest["step"]) * load_run_config(str(path / "config.yaml")).training.tokens_per_step
+            facts["fill_rate"] = round(int(latest["tokens"]) / places, 4)
     if (path / "model" / CONFIG_FILE).is_file():
         facts |= {f"model_{name}": value for name, value in _describe_model(path / "model").items() if name != "kind"}
     return facts

@@ -143,19 +143,18 @@ class BatchStream(IterableDataset[TrainingBatch]):
                 yield self._batch(chosen, number)
 
     def _batch(self, plans: list[RowPlan], number: int) -> TrainingBatch:
-        rows = [self.packing.assemble(plan) for plan in plans]
+        rows = self.packing.assemble(plans)
         if self.config.model.direction == "unidirectional":
             masked = [shift_row(row) for row in rows]
         else:
             masking, seed = self.config.data.masking, self.config.seed
             masked = [mask_row(row, masking, row_generator(seed, plan)) for row, plan in zip(rows, plans, strict=True)]
-        tokens = np.stack([row.tokens for row in rows])
         stacked = _stack(masked)
         return TrainingBatch(
             masked=to_masked_batch(stacked),
             number=number,
             num_tokens=int((stacked.segments > 0).sum()),
-            num_residues=int(((tokens >= FIRST_RESIDUE) & (tokens <= LAST_RESIDUE)).sum()),
+            num_residues=int(((rows.tokens >= FIRST_RESIDUE) & (rows.tokens <= LAST_RESIDUE)).sum()),
             num_asked=int((stacked.targets != IGNORE).sum()),
             after=position_behind(plans[-1], num_ranks=self.num_ranks),
         )

@@ -15,6 +15,7 @@ from protformer.config import DataConfig
 from protformer.corpus.cluster_members import build_cluster_members
 from protformer.corpus.compression import is_stdin
 from protformer.corpus.interacting_pairs import PairReport, build_interacting_pairs
+from protformer.corpus.pairs import read_pairs
 from protformer.corpus.store_manifest import SourceFile, inspect_sources
 from protformer.corpus.token_store import TokenStore
 from protformer.errors import ConfigError, InputError
@@ -44,6 +45,10 @@ def check_sampling(fasta: Sequence[str], data: DataConfig, *, clusters: str | No
     for name, source in (("--clusters", clusters), ("--pairs", pairs)):
         if source is not None and is_stdin(source):
             raise InputError(f"{name}: must be a file, so that a resume can know it again")
+    # Reading a large FASTA only to find a mistake in these afterwards would be a pity.
+    inspect_sources([source for source in (clusters, pairs) if source is not None])
+    if pairs is not None:
+        read_pairs(pairs)
 
 
 def fasta_by_store(fasta: Sequence[str], data: DataConfig) -> list[list[str]]:
