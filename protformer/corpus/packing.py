@@ -88,8 +88,7 @@ class RowPacking(ABC):
     def __init__(self, stores: Sequence[TokenStore], *, max_residues: int, seed: int) -> None:
         self.max_residues, self.seed = max_residues, seed
         self._files = [BytesFile(store.path / TOKENS_FILE) for store in stores]
-        self._one_segment = np.ones(max_residues, dtype=np.int32)
-        self._one_segment.flags.writeable = False
+        self._one_segment: NDArray[np.int32] = np.broadcast_to(np.int32(1), (1, max_residues))
 
     @property
     @abstractmethod
@@ -113,7 +112,9 @@ class RowPacking(ABC):
                 read_into[store](room[number * length : (number + 1) * length], start)
             else:
                 others.append(number)
-        segments = np.broadcast_to(self._one_segment, tokens.shape)
+        if len(self._one_segment) != len(plans):
+            self._one_segment = np.broadcast_to(np.int32(1), tokens.shape)
+        segments = self._one_segment
         if others:
             segments = segments.copy()
             for number in others:
