@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from protformer import __version__
 from protformer.alphabet import FINGERPRINT, FIRST_RESIDUE, LAST_RESIDUE, NUM_TOKENS
-from protformer.config import ModelConfig, Packing, decode
+from protformer.config import ModelConfig, Packing
+from protformer.decoding import decode
 from protformer.errors import ConfigError, InputError, ModelFolderError
 from protformer.model.masked_lm_head import ProteinLanguageModel
 
@@ -42,6 +43,7 @@ class TrainingProvenance:
     """Tokens of a training window."""
     masking_rate: float = 0.15
     masking_scheme: str = "bert"
+    masking_span_mean_length: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

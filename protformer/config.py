@@ -2,17 +2,12 @@
 
 In: a YAML file with differences from the defaults (or the name of a built-in configuration), and `--set a.b=value`
 overrides. Out: a `RunConfig`, or one line that names the dotted path, the value, and the nearest right name. Defaults
-stand here and nowhere else. Reading decodes by the declared type: YAML's own guesses (`1e-4` a string, `no` a bool) do
-not get through.
+stand here and nowhere else.
 """
 
-import difflib
-import types
-import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from protformer.attention_config import AttentionConfig as AttentionConfig
 from protformer.attention_config import ExactConfig as ExactConfig
@@ -20,9 +15,11 @@ from protformer.attention_config import FavorConfig as FavorConfig
 from protformer.attention_config import GeneralizedConfig as GeneralizedConfig
 from protformer.attention_config import GeneralizedFunction as GeneralizedFunction
 from protformer.attention_config import require as _require
+from protformer.decoding import decode, suggest
 from protformer.errors import ConfigError
 
 Packing = Literal["attend", "isolate"]
+OnLong = Literal["crop", "windows", "skip"]
 Direction = Literal["bidirectional", "unidirectional"]
 
 
@@ -68,8 +65,20 @@ class MaskingConfig:
     scheme: Literal["bert", "protein_lm"] = "bert"
     """Shares of MASK, random residue and unchanged: 80/10/10, or 10/80/10 as the released protein_lm code has it."""
 
+    span_mean_length: float = 1.0
+    """Above 1, spans of neighbouring residues are masked together: geometric lengths of this mean, at the same rate."""
+
     def __post_init__(self) -> None:
         _require(0.0 < self.rate <= 1.0, "data.masking.rate", self.rate, "above 0 and at most 1")
+        mean, rate = self.span_mean_length, self.rate
+        _require(mean >= 1.0, "data.masking.span_mean_length", mean, "at least 1")
+        # The mean gap between spans, mean * (1 - rate) / rate, is at least one residue.
+        _require(
+            mean == 1.0 or mean * (1.0 - rate) >= rate,
+            "data.masking.span_mean_length",
+            mean,
+            f"1, or at least {rate / max(1e-9, 1.0 - rate):.3g}, so that spans at data.masking.rate {rate} leave gaps",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +89,14 @@ class DataConfig:
     """Tokens a row (window), EOS of each protein included."""
     packing: Packing = "attend"
     """`attend`: proteins chained by EOS and cut into windows, all see all (paper). `isolate`: each sees only itself."""
+    on_long: OnLong = "crop"
+    """What `isolate` makes of a protein longer than a row, and any packing of such a pair: a random crop each epoch,
+    consecutive windows (not for pairs), or nothing."""
+    source_weights: list[float] | None = None
+    """Share of each --fasta in the tokens, in their order, in any unit; by size if not given."""
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    num_workers: int | None = None
+    """Processes that prepare batches ahead; if not given, one on a GPU and none elsewhere. Batches are the same."""
     validation_fraction: float = 0.02
     """Share of proteins, by hash of the sequence, held out when no --val-fasta is given."""
     max_validation_residues: int = 1_000_000
@@ -100,6 +116,9 @@ class DataConfig:
             self.max_validation_residues,
             "at least 1",
         )
+        for number, weight in enumerate(self.source_weights or ()):
+            _require(weight > 0, f"data.source_weights[{number}]", weight, "above 0")
+        _require(self.num_workers is None or self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,9 +191,6 @@ class RunConfig:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
 
 
-Config = TypeVar("Config")
-
-
 def load_run_config(source: str | None, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Read a run's configuration.
 
@@ -215,13 +231,8 @@ def find_config(source: str) -> Path:
         return names[source]
     raise ConfigError(
         f"--config {source}: no such file, and no built-in configuration of that name"
-        f" (built in: {', '.join(sorted(names))})" + _suggest(source, names)
+        f" (built in: {', '.join(sorted(names))})" + suggest(source, names)
     )
-
-
-def decode(kind: type[Config], tree: object, path: str = "") -> Config:
-    """Build the dataclass `kind` from a tree of mappings and scalars; what does not fit its declaration is refused."""
-    return typing.cast(Config, _decode_value(kind, tree, path))
 
 
 def parse_duration(text: str, path: str) -> float:
@@ -265,95 +276,3 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if name == "kind" and node.get("kind") != value:
         node.clear()  # the fields of the kind that the file chose do not fit another kind
     node[name] = value
-
-
-def _decode_value(kind: Any, value: object, path: str) -> object:
-    if is_dataclass(kind):
-        return _decode_dataclass(typing.cast(type, kind), value, path)
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        # YAML reads the bare words no, off, yes and on as booleans; no choice here is one of them.
-        choices = typing.get_args(kind)
-        if value in choices and not isinstance(value, bool):
-            return value
-        raise ConfigError(
-            f"{path}: {value!r} is not one of {', '.join(map(str, choices))}" + _suggest(str(value), map(str, choices))
-        )
-    if origin is list:
-        if not isinstance(value, list):
-            raise ConfigError(f"{path}: {value!r} is not a list")
-        (member,) = typing.get_args(kind)
-        return [_decode_value(member, item, f"{path}[{i}]") for i, item in enumerate(value)]
-    if origin in (types.UnionType, typing.Union):
-        return _decode_union(typing.get_args(kind), value, path)
-    return _decode_scalar(kind, value, path)
-
-
-def _decode_union(members: tuple[Any, ...], value: object, path: str) -> object:
-    if type(None) in members:
-        if value is None:
-            return None
-        (member,) = (m for m in members if m is not type(None))
-        return _decode_value(member, value, path)
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{path}: {value!r} is not a group of fields such as {{kind: {_tag(members[0])}}}")
-    tags = {_tag(member): member for member in members}
-    tag = value.get("kind", _tag(members[0]))
-    if tag not in tags:
-        raise ConfigError(f"{path}.kind: {tag!r} is not one of {', '.join(tags)}" + _suggest(str(tag), tags))
-    return _decode_dataclass(tags[tag], value, path)
-
-
-def _decode_dataclass(kind: type, value: object, path: str) -> object:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{path or 'the configuration'}: {value!r} is not a group of fields")
-    declared = {f.name: f for f in fields(kind)}
-    hints = typing.get_type_hints(kind)
-    arguments = {}
-    for name, item in value.items():
-        dotted = f"{path}.{name}" if path else str(name)
-        if name not in declared:
-            raise ConfigError(
-                f"{dotted}: no such field (value {item!r})"
-                + (_suggest(str(name), declared) or f"; fields: {', '.join(declared)}")
-            )
-        arguments[name] = _decode_value(hints[name], item, dotted)
-    try:
-        return kind(**arguments)
-    except TypeError as error:
-        missing = [n for n, f in declared.items() if n not in arguments and _has_no_default(f)]
-        raise ConfigError(f"{path or 'the configuration'}: missing {', '.join(missing)}") from error
-
-
-def _decode_scalar(kind: Any, value: object, path: str) -> object:
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if kind is float and not isinstance(value, bool):
-        # PyYAML takes 1e-4 (no dot) for a string.
-        try:
-            number = float(typing.cast(Any, value))
-        except (TypeError, ValueError):
-            number = float("nan")
-        if number == number and abs(number) != float("inf"):
-            return number
-    if kind is str and isinstance(value, str):
-        return value
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise ConfigError(f"{path}: {value!r} is not {words.get(kind, kind)}")
-
-
-def _has_no_default(declared: Any) -> bool:
-    from dataclasses import MISSING
-
-    return declared.default is MISSING and declared.default_factory is MISSING
-
-
-def _tag(member: Any) -> str:
-    return str(typing.get_args(typing.get_type_hints(member)["kind"])[0])
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -28,7 +28,8 @@ from protformer.benchmark.timing import alternate
 from protformer.benchmark.workloads import prepare
 from protformer.checkpoint import ModelDescription, save_model
 from protformer.cli import run
-from protformer.config import ExactConfig, FavorConfig, ModelConfig, decode
+from protformer.config import ExactConfig, FavorConfig, ModelConfig
+from protformer.decoding import decode
 from protformer.errors import ProtformerError
 from protformer.evaluation.model_readiness import model_readiness
 from protformer.evaluation.readiness import Readiness, measure_readiness

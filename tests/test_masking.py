@@ -6,7 +6,7 @@ import pytest
 from protformer.alphabet import CLS, EOS, FIRST_RESIDUE, LAST_RESIDUE, MASK, PAD
 from protformer.config import MaskingConfig
 from protformer.corpus.evaluation_rows import evaluation_rows
-from protformer.corpus.masking import IGNORE, mask_row, mask_row_for_evaluation, shift_row
+from protformer.corpus.masking import IGNORE, in_spans, mask_row, mask_row_for_evaluation, shift_row
 from protformer.corpus.packing import PackedRow
 
 
@@ -33,6 +33,47 @@ def test_shares_of_mask_random_and_unchanged_are_those_of_the_scheme(scheme, sha
     expected = (shares[0], shares[1] * 24 / 25, shares[2] + shares[1] / 25)
     for found, share in zip((is_mask.mean(), (~is_mask & ~same).mean(), same.mean()), expected, strict=True):
         assert abs(found - share) < 4 * (share * (1 - share) / asked.sum()) ** 0.5
+
+
+def span_lengths(inside):
+    """Lengths of the spans that begin and end within."""
+    steps = np.diff(inside.astype(int))
+    begins, ends = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
+    ends = ends[ends > begins[0]]
+    return ends - begins[: len(ends)]
+
+
+@pytest.mark.parametrize(("rate", "mean_length"), [(0.15, 3.0), (0.15, 3.8), (0.3, 1.5), (0.5, 10.0)])
+def test_spans_are_geometric_and_keep_the_rate(rate, mean_length):
+    inside = np.stack([in_spans(2000, rate, mean_length, np.random.default_rng(seed)) for seed in range(300)])
+    # Residues of a span go together, so the share's standard error is that of the spans, about sqrt(2 mean) larger.
+    error = (rate * (1 - rate) / inside.size * 2 * mean_length) ** 0.5
+    assert abs(inside.mean() - rate) < 5 * error
+    at_ends = (rate * (1 - rate) / 300) ** 0.5
+    for place in (0, 1, 999, 1999):
+        assert abs(inside[:, place].mean() - rate) < 5 * at_ends
+    lengths = np.concatenate([span_lengths(row) for row in inside])
+    assert abs(lengths.mean() - mean_length) < 0.1 * mean_length
+    assert abs((lengths == 1).mean() - 1 / mean_length) < 0.05
+
+
+def test_a_span_has_one_fate_and_ends_with_its_protein():
+    row = make_row(length=100_000)
+    masked = mask_row(row, MaskingConfig(span_mean_length=6.0), np.random.default_rng(1))
+    asked = masked.targets != IGNORE
+    num_residues = ((row.tokens >= FIRST_RESIDUE) & (row.tokens <= LAST_RESIDUE)).sum()
+    assert abs(asked.sum() / num_residues - 0.15) < 0.01
+    shown = masked.inputs == MASK
+    both = asked[1:] & asked[:-1]
+    assert (shown[1:] == shown[:-1])[both].all()
+    kept = asked & (masked.inputs == row.tokens)
+    assert abs(shown[asked].mean() - 0.8) < 0.05
+    assert abs(kept[asked].mean() - 0.1 - 0.1 / 25) < 0.04
+    # Spans on both sides of an EOS decide for themselves: 80 % of 80 % and 20 % of 20 % agree by chance.
+    eos = np.flatnonzero(row.tokens == EOS)
+    eos = eos[(eos > 0) & (eos < len(row.tokens) - 1)]
+    across = eos[asked[eos - 1] & asked[eos + 1]]
+    assert 0.4 < (shown[across - 1] == shown[across + 1]).mean() < 0.95
 
 
 def test_special_tokens_and_padding_are_never_selected_and_nothing_else_changes():

@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 
 from protformer.benchmark.cases import Case
-from protformer.config import decode
+from protformer.decoding import decode
 from protformer.errors import ProtformerError
 
 WARM_UP_RESIDUES = 64

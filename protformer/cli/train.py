@@ -20,6 +20,12 @@ from protformer.cli.options import FilePath, device_option, fasta_option, quiet_
     help="Held-out proteins, FASTA or a store; else a share is held out by hash of the sequence.",
 )
 @click.option(
+    "--clusters",
+    metavar="TSV",
+    help="Representative and member, as MMseqs2 writes them: each cluster gives one member an epoch.",
+)
+@click.option("--pairs", metavar="TSV", help="Train on pairs of proteins that interact: a, b and perhaps a label.")
+@click.option(
     "--max-steps", type=click.IntRange(min=1), metavar="N", help="Stop there; counted from the start of the run."
 )
 @click.option("--max-time", metavar="HH:MM:SS", help="Stop after this time of training.")
@@ -37,6 +43,8 @@ def command(
     config: str | None,
     overrides: tuple[str, ...],
     val_fasta: str | None,
+    clusters: str | None,
+    pairs: str | None,
     max_steps: int | None,
     max_time: str | None,
     devices: int,
@@ -48,9 +56,9 @@ def command(
 ) -> None:
     """Train a language model on proteins.
 
-    Several --fasta are read one after the other. Ctrl-C and SIGTERM save and leave; the same command with --resume
-    goes on as if never stopped. The run folder holds config.yaml, metrics.csv, curves.png, checkpoints/last.ckpt and
-    model/.
+    Several --fasta make one corpus; --set data.source_weights='[3, 1]' gives each its share. Ctrl-C and SIGTERM save
+    and leave; the same command with --resume goes on as if never stopped. The run folder holds config.yaml,
+    metrics.csv, curves.png, checkpoints/last.ckpt and model/.
 
     \b
     Example:
@@ -66,6 +74,8 @@ def command(
             config_source=config,
             overrides=overrides,
             validation_fasta=val_fasta,
+            clusters=clusters,
+            pairs=pairs,
             max_steps=max_steps,
             max_time=max_time,
             devices=devices,

@@ -2,7 +2,8 @@
 
 In: a `PackedRow` and a generator that belongs to that row alone. Out: a `MaskedRow`. Three tasks:
 
-- `mask_row`: masked language modelling for training (Devlin et al. 2019, section 3.1).
+- `mask_row`: masked language modelling for training (Devlin et al. 2019, section 3.1), of single residues or of spans
+  (Joshi et al. 2020, section 3.1, without their cap of 10 on the length).
 - `mask_row_for_evaluation`: every selected position shows MASK. Under 80/10/10 a model that copies visible residues
   already reaches 18 % accuracy, which says nothing about what it learned.
 - `shift_row`: next-residue prediction; inputs are the targets moved one to the right, behind a `<cls>` for each protein
@@ -42,10 +43,15 @@ class MaskedRow:
 def mask_row(row: PackedRow, masking: MaskingConfig, generator: np.random.Generator) -> MaskedRow:
     """Select each residue with probability `masking.rate`; show MASK, a random residue or the residue itself.
 
-    Random residues are drawn uniformly from the 25 residue letters, as the released protein_lm code does.
+    Neighbouring residues of one span share that fate. Random residues are drawn uniformly from the 25 residue letters,
+    one by one, as the released protein_lm code does.
     """
-    selected = _select(row, masking.rate, generator)
-    fate = generator.random(row.tokens.shape, dtype=np.float32)
+    if masking.span_mean_length == 1.0:
+        selected = _select(row, masking.rate, generator)
+        fate = generator.random(row.tokens.shape, dtype=np.float32)
+    else:
+        selected = _is_residue(row) & in_spans(len(row.tokens), masking.rate, masking.span_mean_length, generator)
+        fate = _fate_of_spans(selected, row.segments, generator)
     random_residues = generator.integers(FIRST_RESIDUE, LAST_RESIDUE + 1, row.tokens.shape, dtype=np.uint8)
     share_mask, share_random = SHARES[masking.scheme]
     inputs = row.tokens.copy()
@@ -53,6 +59,27 @@ def mask_row(row: PackedRow, masking: MaskingConfig, generator: np.random.Genera
     replaced = selected & (fate >= share_mask) & (fate < share_mask + share_random)
     inputs[replaced] = random_residues[replaced]
     return MaskedRow(inputs=inputs, targets=_targets(row, selected), segments=row.segments)
+
+
+def in_spans(length: int, rate: float, mean_length: float, generator: np.random.Generator) -> NDArray[np.bool_]:
+    """(length,) whether each position lies in a span: each does with probability `rate`, spans have geometric lengths.
+
+    Spans and the gaps between them alternate, both geometric, which makes a Markov chain of two states; it starts in
+    its stationary distribution, so that all positions are equal. Gaps have the mean that gives the rate.
+    """
+    mean_gap = mean_length * (1.0 - rate) / rate
+    starts_inside = generator.random() < rate
+    num_runs = 2 + int(2 * length / (mean_length + mean_gap))
+    ends = np.zeros(1, dtype=np.int64)
+    while ends[-1] < length:
+        runs = np.empty((num_runs, 2), dtype=np.int64)
+        runs[:, 0] = generator.geometric(1.0 / (mean_length if starts_inside else mean_gap), num_runs)
+        runs[:, 1] = generator.geometric(1.0 / (mean_gap if starts_inside else mean_length), num_runs)
+        ends = np.append(ends, ends[-1] + np.cumsum(runs))
+    # Runs alternate, so a position's side is the parity of the runs that ended at or before it.
+    ended = np.cumsum(np.bincount(ends[1:][ends[1:] < length], minlength=length))
+    inside: NDArray[np.bool_] = (ended % 2 == 0) == starts_inside
+    return inside
 
 
 def mask_row_for_evaluation(row: PackedRow, rate: float, generator: np.random.Generator) -> MaskedRow:
@@ -79,8 +106,21 @@ def shift_row(row: PackedRow) -> MaskedRow:
 
 
 def _select(row: PackedRow, rate: float, generator: np.random.Generator) -> NDArray[np.bool_]:
-    is_residue = (row.tokens >= FIRST_RESIDUE) & (row.tokens <= LAST_RESIDUE) & (row.segments > 0)
-    return is_residue & (generator.random(row.tokens.shape, dtype=np.float32) < rate)
+    return _is_residue(row) & (generator.random(row.tokens.shape, dtype=np.float32) < rate)
+
+
+def _is_residue(row: PackedRow) -> NDArray[np.bool_]:
+    return (row.tokens >= FIRST_RESIDUE) & (row.tokens <= LAST_RESIDUE) & (row.segments > 0)
+
+
+def _fate_of_spans(
+    selected: NDArray[np.bool_], segments: NDArray[np.int32], generator: np.random.Generator
+) -> NDArray[np.float32]:
+    """A random number for each run of selected positions, on all of them; a run ends where its protein does."""
+    begins = selected.copy()
+    begins[1:] &= ~selected[:-1] | (segments[1:] != segments[:-1])
+    span = np.cumsum(begins)
+    return generator.random(int(span[-1]) + 1, dtype=np.float32)[span]
 
 
 def _targets(row: PackedRow, selected: NDArray[np.bool_]) -> NDArray[np.int16]:

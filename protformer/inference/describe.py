@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from protformer.checkpoint import CONFIG_FILE, read_description
+from protformer.config import load_run_config
 from protformer.corpus.split_manifest import SPLIT_FILE, read_split_manifest
 from protformer.corpus.token_store import MANIFEST_FILE, TokenStore
 from protformer.errors import InputError
@@ -98,6 +99,9 @@ def _describe_run(path: Path) -> Facts:
             for row in csv.DictReader(file):
                 latest |= {name: value for name, value in row.items() if value}
         facts |= {f"latest_{name}": value for name, value in latest.items()}
+        if latest:
+            places = int(latest["step"]) * load_run_config(str(path / "config.yaml")).training.tokens_per_step
+            facts["fill_rate"] = round(int(latest["tokens"]) / places, 4)
     if (path / "model" / CONFIG_FILE).is_file():
         facts |= {f"model_{name}": value for name, value in _describe_model(path / "model").items() if name != "kind"}
     return facts

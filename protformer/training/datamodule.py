@@ -1,10 +1,10 @@
 """Token stores to training batches: one of the two places where NumPy becomes torch.
 
-In: a training store, perhaps a validation store, and the run's configuration. Out: `TrainingBatch`es without end,
-each with the position behind it. What was consumed, not what was prefetched, is the state that a checkpoint keeps.
+In: a corpus, perhaps validation stores, and the run's configuration. Out: `TrainingBatch`es without end, each with the
+position behind it. What was consumed, not what was prefetched, is the state that a checkpoint keeps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
@@ -12,13 +12,15 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from protformer.alphabet import FIRST_RESIDUE, LAST_RESIDUE
 from protformer.config import RunConfig
 from protformer.corpus.evaluation_rows import EVALUATION_RATE, evaluation_rows
 from protformer.corpus.masking import IGNORE, MaskedRow, mask_row, shift_row
-from protformer.corpus.packing import RowPacking, SamplerPosition, build_packing, endless_rows
+from protformer.corpus.packing import RowPacking, RowPlan, build_packing
+from protformer.corpus.row_stream import SamplerPosition, position_behind, row_generator, row_plans
+from protformer.corpus.sampling import Corpus
 from protformer.corpus.token_store import TokenStore
 from protformer.evaluation.masked_lm import MaskedBatch
 
@@ -45,16 +47,11 @@ class ProteinDataModule(pl.LightningDataModule):
     """Feeds one rank from the token stores."""
 
     def __init__(
-        self,
-        train_store: TokenStore,
-        validation_store: TokenStore | None,
-        config: RunConfig,
-        *,
-        batch_rows: int,
+        self, corpus: Corpus, validation_stores: Sequence[TokenStore], config: RunConfig, *, batch_rows: int
     ) -> None:
         """`batch_rows` is the number of rows a device works off at once."""
         super().__init__()
-        self.train_store, self.validation_store = train_store, validation_store
+        self.corpus, self.validation_stores = corpus, tuple(validation_stores)
         self.config = config
         self.batch_rows = batch_rows
         self.position = SamplerPosition()
@@ -63,12 +60,7 @@ class ProteinDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[TrainingBatch]:
         trainer = self.trainer
         assert trainer is not None
-        packing = build_packing(
-            self.config.data.packing,
-            self.train_store,
-            max_residues=self.config.data.max_residues,
-            seed=self.config.seed,
-        )
+        packing = build_packing(self.corpus, self.config.data, seed=self.config.seed)
         stream = BatchStream(
             packing,
             self.config,
@@ -79,15 +71,24 @@ class ProteinDataModule(pl.LightningDataModule):
             num_ranks=trainer.world_size,
         )
         on_gpu = trainer.strategy.root_device.type == "cuda"
-        return DataLoader(stream, batch_size=None, num_workers=int(on_gpu), pin_memory=on_gpu)
+        num_workers = self.config.data.num_workers
+        return DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=int(on_gpu) if num_workers is None else num_workers,
+            pin_memory=on_gpu,
+        )
 
     def validation_batches(self, *, rank: int, num_ranks: int) -> Iterator[MaskedBatch]:
-        """Each held-out protein alone, MASK at every selected position; up to data.max_validation_residues tokens."""
-        store = self.validation_store
-        if store is None:
-            return
+        """Each held-out protein alone, MASK at every selected position.
+
+        Of more than data.max_validation_residues tokens, every k-th protein, k the least that keeps near them.
+        """
+        stores = self.validation_stores
+        total = sum(store.num_tokens for store in stores)
+        every = max(1, -(-total // self.config.data.max_validation_residues))
         rows = evaluation_rows(
-            (store.protein(i) for i in validation_proteins(store, self.config.data.max_validation_residues)),
+            (store.protein(i) for store in stores for i in range(0, len(store), every)),
             direction=self.config.model.direction,
             rate=EVALUATION_RATE,
             max_tokens=max(self.config.data.max_residues, 16_384),
@@ -108,7 +109,11 @@ class ProteinDataModule(pl.LightningDataModule):
 
 
 class BatchStream(IterableDataset[TrainingBatch]):
-    """Masked (or shifted) rows in batches, from a position on, without end."""
+    """Masked (or shifted) rows in batches, from a position on, without end.
+
+    With several worker processes, DataLoader takes batches from them in turns. Each worker plans every row, which
+    copies no tokens, and assembles every k-th batch only, so that the order is the same as without workers.
+    """
 
     def __init__(
         self,
@@ -127,25 +132,32 @@ class BatchStream(IterableDataset[TrainingBatch]):
         self.rank, self.num_ranks = rank, num_ranks
 
     def __iter__(self) -> Iterator[TrainingBatch]:
-        rows = endless_rows(self.packing, self.start, rank=self.rank, num_ranks=self.num_ranks)
+        plans = row_plans(self.packing, self.start, rank=self.rank, num_ranks=self.num_ranks)
+        worker = get_worker_info()
+        every, turn = (1, 0) if worker is None else (worker.num_workers, worker.id)
         number = self.num_batches
         while True:
             number += 1
-            chosen = list(islice(rows, self.batch_rows))
-            if self.config.model.direction == "unidirectional":
-                masked = [shift_row(row) for row, _, _ in chosen]
-            else:
-                masked = [mask_row(row, self.config.data.masking, generator) for row, generator, _ in chosen]
-            tokens = np.stack([row.tokens for row, _, _ in chosen])
-            stacked = _stack(masked)
-            yield TrainingBatch(
-                masked=to_masked_batch(stacked),
-                number=number,
-                num_tokens=int((stacked.segments > 0).sum()),
-                num_residues=int(((tokens >= FIRST_RESIDUE) & (tokens <= LAST_RESIDUE)).sum()),
-                num_asked=int((stacked.targets != IGNORE).sum()),
-                after=chosen[-1][2],
-            )
+            chosen = list(islice(plans, self.batch_rows))
+            if (number - self.num_batches - 1) % every == turn:
+                yield self._batch(chosen, number)
+
+    def _batch(self, plans: list[RowPlan], number: int) -> TrainingBatch:
+        rows = self.packing.assemble(plans)
+        if self.config.model.direction == "unidirectional":
+            masked = [shift_row(row) for row in rows]
+        else:
+            masking, seed = self.config.data.masking, self.config.seed
+            masked = [mask_row(row, masking, row_generator(seed, plan)) for row, plan in zip(rows, plans, strict=True)]
+        stacked = _stack(masked)
+        return TrainingBatch(
+            masked=to_masked_batch(stacked),
+            number=number,
+            num_tokens=int((stacked.segments > 0).sum()),
+            num_residues=int(((rows.tokens >= FIRST_RESIDUE) & (rows.tokens <= LAST_RESIDUE)).sum()),
+            num_asked=int((stacked.targets != IGNORE).sum()),
+            after=position_behind(plans[-1], num_ranks=self.num_ranks),
+        )
 
 
 def to_masked_batch(rows: MaskedRow) -> MaskedBatch:
@@ -155,11 +167,6 @@ def to_masked_batch(rows: MaskedRow) -> MaskedBatch:
         targets=torch.from_numpy(rows.targets.astype(np.int64)),
         segments=torch.from_numpy(rows.segments.astype(np.int64)),
     )
-
-
-def validation_proteins(store: TokenStore, max_residues: int) -> range:
-    """Every k-th protein of the store, k the least that keeps them near `max_residues` tokens."""
-    return range(0, len(store), max(1, -(-store.num_tokens // max_residues)))
 
 
 def _stack(rows: list[MaskedRow]) -> MaskedRow:

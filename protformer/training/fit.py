@@ -18,6 +18,9 @@ import torch
 
 from protformer.checkpoint import ModelDescription, TrainingProvenance, save_model
 from protformer.config import RunConfig, TrainingConfig, parse_duration
+from protformer.corpus.cluster_members import ClusterMembers
+from protformer.corpus.interacting_pairs import InteractingPairs
+from protformer.corpus.sampling import Corpus
 from protformer.corpus.token_store import TokenStore
 from protformer.device import choose_device, choose_precision, make_deterministic
 from protformer.errors import ConfigError, InputError, InterruptedRunError
@@ -35,7 +38,7 @@ from protformer.training.callbacks import (
 from protformer.training.datamodule import ProteinDataModule
 from protformer.training.masked_lm import MaskedLmTask
 from protformer.training.readiness_log import MAX_PROTEINS, ReadinessLog
-from protformer.training.run_folder import RunFolder, read_metrics
+from protformer.training.run_folder import RunFolder, StorePaths, read_metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +48,8 @@ class RunSummary:
     steps: int
     tokens_seen: int
     residues_seen: int
+    fill_rate: float
+    """Share of the places in rows that held tokens, not padding."""
     scores: MaskedLmScores | None
     """On the held-out proteins, MASK at every selected position; None if nothing is held out."""
     model_folder: Path
@@ -68,15 +73,14 @@ def train(
     precision = choose_precision(config.training.precision, torch_device)
     batch_rows = rows_per_batch(config, num_ranks=devices * num_nodes)
     make_deterministic()
-    stores = run.load_stores()
-    train_store = TokenStore.open(stores.train)
-    validation_store = None if stores.validation is None else TokenStore.open(stores.validation)
+    corpus, validation_stores = open_corpus(run.load_stores())
+    counts = _residue_counts(corpus)
     torch.manual_seed(config.seed)
     model = ProteinLanguageModel(config.model, seed=config.seed)
-    model.start_from_counts(list(train_store.manifest.residue_counts))
+    model.start_from_counts(counts)
     task = MaskedLmTask(model, config.training)
-    datamodule = ProteinDataModule(train_store, validation_store, config, batch_rows=batch_rows)
-    description = partial(_describe, config, train_store)
+    datamodule = ProteinDataModule(corpus, validation_stores, config, batch_rows=batch_rows)
+    description = partial(_describe, config, corpus, counts)
     metrics = MetricsLog(
         run,
         log_every_steps=config.training.log_every_steps,
@@ -99,8 +103,9 @@ def train(
         metrics,
         checkpointing,
     ]
-    if config.training.log_readiness and validation_store is not None:
-        proteins = [validation_store.protein(i).tolist() for i in range(min(MAX_PROTEINS, len(validation_store)))]
+    if config.training.log_readiness and validation_stores:
+        held_out = validation_stores[0]
+        proteins = [held_out.protein(i).tolist() for i in range(min(MAX_PROTEINS, len(held_out)))]
         callbacks.append(ReadinessLog(run, proteins, every_steps=config.training.validate_every_steps))
     if not quiet:
         callbacks.append(Progress(metrics, max_steps=config.training.max_steps))
@@ -127,9 +132,20 @@ def train(
         steps=trainer.global_step,
         tokens_seen=metrics.tokens_seen,
         residues_seen=metrics.residues_seen,
+        fill_rate=metrics.tokens_seen / (trainer.global_step * config.training.tokens_per_step),
         scores=metrics.scores,
         model_folder=run.model,
     )
+
+
+def open_corpus(paths: StorePaths) -> tuple[Corpus, tuple[TokenStore, ...]]:
+    """What a run trains on, and its validation stores."""
+    corpus = Corpus(
+        stores=tuple(TokenStore.open(path) for path in paths.train),
+        clusters=None if paths.clusters is None else ClusterMembers(paths.clusters),
+        pairs=None if paths.pairs is None else InteractingPairs(paths.pairs),
+    )
+    return corpus, tuple(TokenStore.open(path) for path in paths.validation)
 
 
 def rows_per_batch(config: RunConfig, *, num_ranks: int) -> int:
@@ -179,30 +195,40 @@ def _fit(trainer: pl.Trainer, task: MaskedLmTask, datamodule: ProteinDataModule,
     trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
 
 
-def _describe(config: RunConfig, store: TokenStore, steps: int, tokens_seen: int) -> ModelDescription:
-    manifest = store.manifest
+def _describe(
+    config: RunConfig, corpus: Corpus, residue_counts: list[int], steps: int, tokens_seen: int
+) -> ModelDescription:
+    manifests = [store.manifest for store in corpus.stores]
+    masking = config.data.masking
     return ModelDescription(
         packing=config.data.packing,
         model=config.model,
         training=TrainingProvenance(
-            sources=[Path(source.path).name for source in manifest.sources],
-            num_proteins=manifest.num_proteins,
-            num_residues=manifest.num_residues,
+            sources=[Path(source.path).name for manifest in manifests for source in manifest.sources],
+            num_proteins=sum(manifest.num_proteins for manifest in manifests),
+            num_residues=sum(manifest.num_residues for manifest in manifests),
             steps=steps,
             tokens_seen=tokens_seen,
             seed=config.seed,
             max_residues=config.data.max_residues,
-            masking_rate=config.data.masking.rate,
-            masking_scheme=config.data.masking.scheme,
+            masking_rate=masking.rate,
+            masking_scheme=masking.scheme,
+            masking_span_mean_length=masking.span_mean_length,
         ),
-        residue_counts=list(manifest.residue_counts),
+        residue_counts=residue_counts,
     )
+
+
+def _residue_counts(corpus: Corpus) -> list[int]:
+    """How often each token occurs in the training stores, however often they are drawn from."""
+    counts = zip(*(store.manifest.residue_counts for store in corpus.stores), strict=True)
+    return [sum(numbers) for numbers in counts]
 
 
 def _validate(
     datamodule: ProteinDataModule, frequencies: torch.Tensor, trainer: pl.Trainer, task: MaskedLmTask
 ) -> MaskedLmScores | None:
-    if datamodule.validation_store is None:
+    if not datamodule.validation_stores:
         return None
     task.model.eval()
     with trainer.strategy.precision_plugin.forward_context():

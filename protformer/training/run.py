@@ -21,6 +21,12 @@ from protformer.errors import ConfigError, InputError, OutputError
 from protformer.evaluation.masked_lm import MaskedLmScores
 from protformer.training.fit import RunSummary, rows_per_batch, train
 from protformer.training.run_folder import RunFolder, StorePaths, write_whole
+from protformer.training.sampling_tables import (
+    add_sampling_tables,
+    check_sampling,
+    check_tables_unchanged,
+    fasta_by_store,
+)
 
 RESUMABLE_CHANGES = frozenset(
     f"training.{name}"
@@ -33,13 +39,16 @@ RESUMABLE_CHANGES = frozenset(
         "checkpoint_every_steps",
         "precision",
     )
-)
+) | {"data.num_workers"}
 """Fields that may differ on a resume: they do not change what is learned, or only by rounding."""
 
 STARTING_MARK = ".protformer-starting"
 """Lies in a run folder that this program has made, until the run has its token stores and config.yaml."""
 
-MADE_WHILE_STARTING = r"(\.?(store|validation)(\.\d+\.(tmp|old))?)|stores\.json(\.partial)?|config\.yaml\.partial"
+MADE_WHILE_STARTING = (
+    r"(\.?(store|validation)(-\d+)?(\.\d+\.(tmp|old))?)|clusters|pairs\.npy"
+    r"|stores\.json(\.partial)?|config\.yaml\.partial"
+)
 """What may be in such a folder besides the mark; nothing else is ever removed."""
 
 
@@ -52,6 +61,8 @@ class RunRequest:
     config_source: str | None
     overrides: tuple[str, ...]
     validation_fasta: str | None
+    clusters: str | None
+    pairs: str | None
     max_steps: int | None
     max_time: str | None
     devices: int
@@ -86,7 +97,7 @@ def run_training(request: RunRequest, console: Console) -> str:
     if is_new:
         _prepare_stores(request, run, config, console)
     else:
-        _check_sources(request, run)
+        _check_sources(request, run, config)
         _write_config(run, config)
     return describe_summary(_train(request, config, run))
 
@@ -104,7 +115,10 @@ def _train(request: RunRequest, config: RunConfig, run: RunFolder) -> RunSummary
 
 def describe_summary(summary: RunSummary) -> str:
     """The closing lines of a run."""
-    lines = [f"{summary.steps:,} steps, {summary.residues_seen:,} residues seen ({summary.tokens_seen:,} tokens)"]
+    lines = [
+        f"{summary.steps:,} steps, {summary.residues_seen:,} residues seen ({summary.tokens_seen:,} tokens,"
+        f" rows {summary.fill_rate:.1%} full)"
+    ]
     if summary.scores is not None:
         lines += _compare(summary.scores)
     else:
@@ -163,11 +177,15 @@ def _resolve_config(request: RunRequest, stored: RunConfig | None) -> RunConfig:
 
 def _prepare_stores(request: RunRequest, run: RunFolder, config: RunConfig, console: Console) -> None:
     _refuse_input_inside(run, request)
+    check_sampling(request.fasta, config.data, clusters=request.clusters, pairs=request.pairs)
     with _starting(run.root):
         paths = _build_stores(request, run, config, console)
-        stores = [TokenStore.open(path) for path in (paths.train, paths.validation) if path is not None]
-        if len(stores[0]) == 0:
-            raise InputError(f"{', '.join(request.fasta)}: no proteins are left to train on")
+        for path in paths.train:
+            if len(TokenStore.open(path)) == 0:
+                raise InputError(f"{', '.join(request.fasta)}: no proteins are left to train on")
+        paths = add_sampling_tables(
+            paths, run, config.data, clusters=request.clusters, pairs=request.pairs, tell=console.tell
+        )
         run.save_stores(paths)
         _write_config(run, config)
 
@@ -178,45 +196,57 @@ def _write_config(run: RunFolder, config: RunConfig) -> None:
 
 def _refuse_input_inside(run: RunFolder, request: RunRequest) -> None:
     """The run folder is this program's own; a file of the user's in it could be taken for part of the run."""
-    for source in (*request.fasta, *filter(None, [request.validation_fasta])):
+    for source in (*request.fasta, *filter(None, [request.validation_fasta, request.clusters, request.pairs])):
         if source != "-" and Path(source).resolve().is_relative_to(run.root.resolve()):
             raise OutputError(f"{run.root}: {source} lies inside the run folder; choose another --out")
 
 
 def _build_stores(request: RunRequest, run: RunFolder, config: RunConfig, console: Console) -> StorePaths:
-    train, validation = run.root / "store", run.root / "validation"
-    given = Path(request.fasta[0])
-    if given.is_dir() and len(request.fasta) > 1:
-        raise InputError("--fasta: give one token store, or FASTA files, not both")
-    if given.is_dir():
-        _open_prepared(given)
+    """One training store for all --fasta, or one for each if they have weights or are prepared stores."""
+    prepared = [Path(source).is_dir() for source in request.fasta]
+    if any(prepared) and not all(prepared):
+        raise InputError("--fasta: give token stores, or FASTA files, not both")
+    validation: tuple[Path, ...] = ()
     if request.validation_fasta is not None:
         held_out_store = Path(request.validation_fasta)
         if held_out_store.is_dir():
             _open_prepared(held_out_store)
-            validation = held_out_store.resolve()
+            validation = (held_out_store.resolve(),)
         else:
-            _build([request.validation_fasta], validation, console)
-    if given.is_dir():
+            validation = (run.root / "validation",)
+            _build([request.validation_fasta], *validation, console)
+    if all(prepared):
+        for source in request.fasta:
+            _open_prepared(Path(source))
         if request.validation_fasta is None:
             console.tell("nothing is held out: a prepared store is taken whole; give --val-fasta to validate")
-        return StorePaths(train=given.resolve(), validation=validation if request.validation_fasta else None)
+        return StorePaths(train=tuple(Path(source).resolve() for source in request.fasta), validation=validation)
+    by_store = fasta_by_store(request.fasta, config.data)
+    train = tuple(run.root / f"store{_suffix(number)}" for number in range(len(by_store)))
     if request.validation_fasta is not None:
-        _build(request.fasta, train, console)
+        for fasta, store in zip(by_store, train, strict=True):
+            _build(fasta, store, console)
         return StorePaths(train=train, validation=validation)
-    with console.byte_progress(request.fasta) as progress:
-        held_out = build_split_stores(
-            request.fasta,
-            train=train,
-            validation=validation,
-            fraction=config.data.validation_fraction,
-            progress=progress,
-        )
-    console.tell(TokenStore.open(train).manifest.changes_summary())
+    split = tuple(run.root / f"validation{_suffix(number)}" for number in range(len(by_store)))
+    held_out = [
+        _build_split(fasta, store, held_out, config.data.validation_fraction, console)
+        for fasta, store, held_out in zip(by_store, train, split, strict=True)
+    ]
     console.tell(
-        f"held out for validation: {held_out:,} proteins, by a hash of the sequence; homologs may be in training"
+        f"held out for validation: {sum(held_out):,} proteins, by a hash of the sequence; homologs may be in training"
     )
-    return StorePaths(train=train, validation=validation if held_out else None)
+    return StorePaths(train=train, validation=tuple(path for path, count in zip(split, held_out, strict=True) if count))
+
+
+def _suffix(number: int) -> str:
+    return f"-{number + 1}" if number else ""
+
+
+def _build_split(fasta: Sequence[str], train: Path, validation: Path, fraction: float, console: Console) -> int:
+    with console.byte_progress(fasta) as progress:
+        held_out = build_split_stores(fasta, train=train, validation=validation, fraction=fraction, progress=progress)
+    console.tell(TokenStore.open(train).manifest.changes_summary())
+    return held_out
 
 
 def _open_prepared(store: Path) -> None:
@@ -235,26 +265,34 @@ def _build(fasta: Sequence[str], store: Path, console: Console) -> None:
     console.tell(manifest.changes_summary())
 
 
-def _check_sources(request: RunRequest, run: RunFolder) -> None:
+def _check_sources(request: RunRequest, run: RunFolder, config: RunConfig) -> None:
     """Refuse to go on with other data than the run began with."""
     paths = run.load_stores()
-    named = [Path(name) for name in request.fasta]
-    if named[0].is_dir():
-        if named[0].resolve() != paths.train:
-            raise InputError(f"--resume: the run began with {paths.train}, not with {named[0]}")
-    elif difference := TokenStore.open(paths.train).difference_from(request.fasta):
-        raise InputError(f"--resume: {difference}; a run goes on with the data it began with")
+    if Path(request.fasta[0]).is_dir():
+        named = tuple(Path(source).resolve() for source in request.fasta)
+        if named != paths.train:
+            began = ", ".join(map(str, paths.train))
+            raise InputError(f"--resume: the run began with {began}, not with {', '.join(map(str, named))}")
+    else:
+        by_store = fasta_by_store(request.fasta, config.data)
+        if len(by_store) != len(paths.train):
+            raise InputError(f"--resume: the run began with {len(paths.train)} --fasta, not with {len(by_store)}")
+        for fasta, store in zip(by_store, paths.train, strict=True):
+            if difference := TokenStore.open(store).difference_from(fasta):
+                raise InputError(f"--resume: {difference}; a run goes on with the data it began with")
     if not run.has_stores(paths):
-        raise InputError(f"--resume: {paths.train}: the token store is not the one that the run began with")
+        began = ", ".join(map(str, paths.train))
+        raise InputError(f"--resume: {began}: the token store is not the one that the run began with")
     if request.validation_fasta is not None:
-        if paths.validation is None:
+        if not paths.validation:
             raise InputError("--resume: the run began without --val-fasta")
         named_validation = Path(request.validation_fasta)
         if named_validation.is_dir():
-            if named_validation.resolve() != paths.validation.resolve():
-                raise InputError(f"--resume: the run began with {paths.validation}, not with {named_validation}")
-        elif difference := TokenStore.open(paths.validation).difference_from([request.validation_fasta]):
+            if named_validation.resolve() != paths.validation[0].resolve():
+                raise InputError(f"--resume: the run began with {paths.validation[0]}, not with {named_validation}")
+        elif difference := TokenStore.open(paths.validation[0]).difference_from([request.validation_fasta]):
             raise InputError(f"--resume: --val-fasta: {difference}")
+    check_tables_unchanged(paths, clusters=request.clusters, pairs=request.pairs)
 
 
 def _flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:

@@ -1,7 +1,9 @@
 """What a training run keeps on disk, and how it is found again.
 
 RUN/config.yaml               resolved configuration
-RUN/store, RUN/validation     token stores (validation is absent when nothing is held out)
+RUN/store, RUN/validation     token stores (validation is absent when nothing is held out); with source_weights the
+                              second --fasta has RUN/store-2 and RUN/validation-2, and so on
+RUN/clusters, RUN/pairs.npy   what --clusters and --pairs gave, as indices of proteins
 RUN/metrics.csv, curves.png   figures as they come; also readiness.csv if training.log_readiness is on
 RUN/checkpoints/last.ckpt     state for --resume only
 RUN/model/                    the model folder
@@ -12,9 +14,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from protformer.corpus.store_manifest import SourceFile
 from protformer.corpus.token_store import MANIFEST_FILE
 from protformer.errors import OutputError
 
@@ -26,10 +30,16 @@ METRIC_FIELDS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StorePaths:
-    """The token stores of a run."""
+    """What a run reads: token stores, and what --clusters and --pairs gave."""
 
-    train: Path
-    validation: Path | None
+    train: tuple[Path, ...]
+    validation: tuple[Path, ...]
+    """Empty if nothing is held out."""
+    clusters: Path | None = None
+    pairs: Path | None = None
+    clusters_source: SourceFile | None = None
+    pairs_source: SourceFile | None = None
+    """The tables that these were made from, to know them again on a resume."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,30 +75,46 @@ class RunFolder:
     def save_stores(self, paths: StorePaths) -> None:
         """Note where the token stores are; those inside the run folder relative to it, so that it may be moved."""
 
-        def relative(path: Path | None) -> str | None:
-            if path is None:
-                return None
+        def relative(path: Path) -> str:
             return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
 
         tree = {
-            "train": relative(paths.train),
-            "validation": relative(paths.validation),
-            "train_sha256": _sha256_of_manifest(paths.train),
+            "train": [relative(path) for path in paths.train],
+            "validation": [relative(path) for path in paths.validation],
+            "clusters": None if paths.clusters is None else relative(paths.clusters),
+            "pairs": None if paths.pairs is None else relative(paths.pairs),
+            "clusters_source": None if paths.clusters_source is None else asdict(paths.clusters_source),
+            "pairs_source": None if paths.pairs_source is None else asdict(paths.pairs_source),
+            "train_sha256": [_sha256_of_manifest(path) for path in paths.train],
         }
-        text = json.dumps(tree) + "\n"
+        text = json.dumps(tree, indent=1) + "\n"
         write_whole(self.root / "stores.json", lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def has_stores(self, paths: StorePaths) -> bool:
-        """Whether the training store is still the one that `save_stores` saw."""
-        tree = json.loads((self.root / "stores.json").read_text(encoding="utf-8"))
-        return bool(tree["train_sha256"] == _sha256_of_manifest(paths.train))
+        """Whether the training stores are still those that `save_stores` saw."""
+        return bool(self._read_stores()["train_sha256"] == [_sha256_of_manifest(path) for path in paths.train])
 
     def load_stores(self) -> StorePaths:
-        tree = json.loads((self.root / "stores.json").read_text(encoding="utf-8"))
-        validation = tree["validation"]
+        tree = self._read_stores()
+
+        def path(name: str) -> Path | None:
+            return None if tree[name] is None else self.root / tree[name]
+
+        def source(name: str) -> SourceFile | None:
+            return None if tree[name] is None else SourceFile(**tree[name])
+
         return StorePaths(
-            train=self.root / tree["train"], validation=None if validation is None else self.root / validation
+            train=tuple(self.root / name for name in tree["train"]),
+            validation=tuple(self.root / name for name in tree["validation"]),
+            clusters=path("clusters"),
+            pairs=path("pairs"),
+            clusters_source=source("clusters_source"),
+            pairs_source=source("pairs_source"),
         )
+
+    def _read_stores(self) -> dict[str, Any]:
+        tree: dict[str, Any] = json.loads((self.root / "stores.json").read_text(encoding="utf-8"))
+        return tree
 
 
 def _sha256_of_manifest(store: Path) -> str:
