@@ -18,7 +18,7 @@ from protformer.corpus.byte_ranges import ByteRange, open_range
 from protformer.corpus.compression import BLOCK_BYTES, Consumed, Source, describe_source, open_blocks
 from protformer.corpus.duplicates import OnDuplicate, UniqueIds, reads_twice
 from protformer.corpus.letters import describe_byte
-from protformer.corpus.record_text import make_batch, parse_records
+from protformer.corpus.record_text import RecordParser, make_batch
 from protformer.corpus.records import FastaReport, RecordBatch, SequenceRecord
 from protformer.errors import InputError
 
@@ -125,15 +125,16 @@ def _parse(source: Source, report: FastaReport, consumed: Consumed | None, block
 
 def _parse_blocks(blocks: Iterator[bytes], line: int, name: str, report: FastaReport) -> Iterator[RecordBatch]:
     """The records of text that starts with one on `line`."""
+    parser = RecordParser(name, report, line)
     for text in _whole_records(blocks):
-        yield from parse_records(text, line, name, report)
-        line += text.count(b"\n")
+        yield from parser.parse(text)
 
 
 def _skip_to_first_record(blocks: Iterator[bytes], name: str) -> tuple[int, Iterator[bytes]]:
     """The line of the first `>`, and the blocks from there on, behind a byte order mark and blank lines."""
     line, indent, rest = 1, b"", b""
-    for block in _without_byte_order_mark(blocks):
+    blocks = _without_byte_order_mark(blocks)
+    for block in blocks:
         rest += block
         blank = rest[: len(rest) - len(rest.lstrip())]
         rest = rest[len(blank) :]

@@ -28,17 +28,27 @@ from protformer.corpus.records import FastaReport, RecordBatch, Words
 from protformer.errors import InputError
 
 _SPACE, _LF, _GREATER = b" \n>"
+_KEPT_BYTES = 30 << 20
 
 
-def parse_records(text: bytes, line: int, name: str, report: FastaReport) -> Iterator[RecordBatch]:
-    """The proteins of some whole records, of which the first is on `line` of the file called `name`."""
-    if b"\r" in text:
-        text = text.replace(b"\r\n", b"\n")
-    batch = _read_at_once(text, line, report)
-    if batch is not None:
-        yield batch
-    else:
-        yield from _read_one_by_one(text, line, name, report)
+class RecordParser:
+    """Reads the text of one source, piece after piece; `line` is where the next piece starts, from 1."""
+
+    def __init__(self, source_name: str, report: FastaReport, line: int) -> None:
+        self.source_name, self.report, self.line = source_name, report, line
+        _keep_freed_memory()
+
+    def parse(self, text: bytes) -> Iterator[RecordBatch]:
+        """The proteins of some whole records. Raises InputError behind those before the fault."""
+        if b"\r" in text:
+            text = text.replace(b"\r\n", b"\n")
+        layout = _find_lines(text if text.endswith(b"\n") else text + b"\n")
+        batch = _read_at_once(layout, self.line, self.report)
+        if batch is not None:
+            yield batch
+        else:
+            yield from _read_one_by_one(text, self.line, self.source_name, self.report)
+        self.line += len(layout.line_ends)
 
 
 def make_batch(ids: list[str], headers: list[str], proteins: list[bytes], lines: list[int]) -> RecordBatch:
@@ -52,12 +62,20 @@ def make_batch(ids: list[str], headers: list[str], proteins: list[bytes], lines:
     )
 
 
-def _read_at_once(text: bytes, line: int, report: FastaReport) -> RecordBatch | None:
+def _keep_freed_memory() -> None:
+    """Let the C library keep what it frees between blocks, instead of asking the kernel for zeroed pages each time.
+
+    When glibc frees a large piece that it had mapped by itself, it raises its thresholds for giving memory back to
+    twice that size (mallopt(3), M_MMAP_THRESHOLD). The pages of this one are never touched. Reading takes 0.7 of the
+    time; other C libraries are not affected.
+    """
+    bytearray(_KEPT_BYTES)
+
+
+def _read_at_once(layout: "_Layout", line: int, report: FastaReport) -> RecordBatch | None:
     """All records, if none has a fault, white space around a line, or an unusual header; else None."""
-    if not text.endswith(b"\n"):
-        text += b"\n"
-    layout = _find_lines(text)
-    words = _find_words(text, layout)
+    text = layout.text
+    words = _find_words(layout)
     if words is None:
         return None
     # Behind the header's line end, up to and with the `>` of the next header.
@@ -80,8 +98,9 @@ def _read_at_once(text: bytes, line: int, report: FastaReport) -> RecordBatch | 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Layout:
-    """Where the lines of a text are."""
+    """Where the lines of a text are, of which the last one is closed."""
 
+    text: bytes
     spaces: NDArray[np.int64]
     """Every byte that is a space or below it, line ends included."""
     line_ends: NDArray[np.int64]
@@ -102,6 +121,7 @@ def _find_lines(text: bytes) -> _Layout:
     header_lines = np.concatenate((np.zeros(1, np.int64), later_headers))
     header_starts = np.concatenate((np.ones(1, np.int64), ends[later_headers - 1] + 2))
     return _Layout(
+        text=text,
         spaces=spaces,
         line_ends=line_ends,
         header_lines=header_lines,
@@ -110,8 +130,9 @@ def _find_lines(text: bytes) -> _Layout:
     )
 
 
-def _find_words(text: bytes, layout: _Layout) -> tuple[Words, Words] | None:
+def _find_words(layout: _Layout) -> tuple[Words, Words] | None:
     """Ids and headers, if all headers are UTF-8 without control characters and start with an id."""
+    text = layout.text
     headers = Words(text=text, starts=layout.header_starts, ends=layout.header_ends)
     kinds = np.frombuffer(text, np.uint8)[layout.spaces]
     if not text.isascii() or kinds.tobytes().translate(None, b" \t\n"):
