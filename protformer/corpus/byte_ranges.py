@@ -40,6 +40,13 @@ class ByteRange:
         """Whether this is a source that is read from beginning to end, decompressed if need be."""
         return self.end is None
 
+    @property
+    def num_bytes(self) -> int:
+        """As stored; 0 if that is not known."""
+        if self.end is not None:
+            return self.end - self.start
+        return Path(self.source).stat().st_size if Path(self.source).is_file() else 0
+
 
 def plan_ranges(sources: Sequence[Source], range_bytes: int = RANGE_BYTES) -> list[ByteRange]:
     """The ranges of all sources in order. Raises InputError for one that cannot be read."""

@@ -54,6 +54,9 @@ class Words:
         starts = np.concatenate((np.zeros(1, np.int64), ends))[:-1]
         return cls(text=b"".join(encoded), starts=starts, ends=ends)
 
+    def select(self, chosen: NDArray[np.bool_]) -> "Words":
+        return Words(text=self.text, starts=self.starts[chosen], ends=self.ends[chosen])
+
     def strings(self) -> list[str]:
         return [piece.decode("utf-8") for piece in self.pieces()]
 
@@ -92,6 +95,21 @@ class RecordBatch:
     def proteins(self) -> list[bytes]:
         """The tokens of each protein, without <eos>."""
         return self.tokens[:-1].split(CLOSE)
+
+    def select(self, chosen: NDArray[np.bool_]) -> "RecordBatch":
+        """The proteins that are chosen, at least one, in order."""
+        if chosen.all():
+            return self
+        edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
+        bounds = np.concatenate((np.zeros(1, np.int64), self.ends))[edges].tolist()
+        runs = zip(bounds[::2], bounds[1::2], strict=True)
+        return RecordBatch(
+            id_words=self.id_words.select(chosen),
+            header_words=self.header_words.select(chosen),
+            tokens=b"".join([self.tokens[start:end] for start, end in runs]),
+            ends=np.cumsum(np.diff(self.ends, prepend=0)[chosen]),
+            lines=self.lines[chosen],
+        )
 
 
 @dataclass(kw_only=True, slots=True)
