@@ -18,6 +18,12 @@ from protformer.cli.options import FilePath, device_option, fasta_option, quiet_
     "--val-fasta", metavar="FILE", help="Held-out proteins; else a share is held out by hash of the sequence."
 )
 @click.option(
+    "--cache-dir",
+    type=FilePath,
+    metavar="DIR",
+    help="Keep token stores there for other runs, instead of in the run folder.",
+)
+@click.option(
     "--max-steps", type=click.IntRange(min=1), metavar="N", help="Stop there; counted from the start of the run."
 )
 @click.option("--max-time", metavar="HH:MM:SS", help="Stop after this time of training.")
@@ -35,6 +41,7 @@ def command(
     config: str | None,
     overrides: tuple[str, ...],
     val_fasta: str | None,
+    cache_dir: Path | None,
     max_steps: int | None,
     max_time: str | None,
     devices: int,
@@ -64,6 +71,7 @@ def command(
             config_source=config,
             overrides=overrides,
             validation_fasta=val_fasta,
+            cache_dir=cache_dir,
             max_steps=max_steps,
             max_time=max_time,
             devices=devices,

@@ -1,7 +1,7 @@
 """A folder that one process at a time works in.
 
-In: its path. Out: the folder, locked until the block is left, or an OutputError. The lock (flock(2)) is the system's: it
-falls when its holder dies, however that happens, and a file left behind means nothing.
+In: its path. Out: the folder, locked until the block is left, or an OutputError. The lock (flock(2)) is the system's:
+it falls when its holder dies, however that happens, and a file left behind means nothing.
 """
 
 import os

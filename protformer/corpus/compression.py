@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import IO
+from types import ModuleType
+from typing import IO, cast
 
 from protformer.errors import InputError
 
@@ -138,6 +139,7 @@ def _gunzip(raw: Iterator[bytes], name: str) -> Iterator[bytes]:
     A BGZF file ends with an empty member. Where that is missing, the file was cut between two members, which
     the checksums of the members cannot tell.
     """
+    inflate = _inflate_module()
     decoder, is_bgzf, member_bytes = None, False, 0
     for data in raw:
         while data:
@@ -148,10 +150,10 @@ def _gunzip(raw: Iterator[bytes], name: str) -> Iterator[bytes]:
                     data += next(raw, b"")
                 if data[:2] != _GZIP_MAGIC:
                     raise InputError(f"{name}: corrupt gzip: other data follow the compressed data")
-                decoder, is_bgzf, member_bytes = zlib.decompressobj(wbits=31), _is_bgzf(data), 0
+                decoder, is_bgzf, member_bytes = inflate.decompressobj(wbits=31), _is_bgzf(data), 0
             try:
                 piece = decoder.decompress(data, _PIECE_BYTES)
-            except zlib.error as error:
+            except inflate.error as error:
                 raise InputError(f"{name}: corrupt gzip: {error}") from error
             data = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
             member_bytes += len(piece)
@@ -161,6 +163,15 @@ def _gunzip(raw: Iterator[bytes], name: str) -> Iterator[bytes]:
                 yield piece
     if decoder is not None or (is_bgzf and member_bytes):
         raise InputError(f"{name}: truncated gzip: the end of the compressed data is missing; copy the file again")
+
+
+def _inflate_module() -> ModuleType:
+    """ISA-L's zlib, if the extra `fast` is installed: the same interface, about three times as fast."""
+    try:
+        from isal import isal_zlib
+    except ImportError:
+        return zlib
+    return cast(ModuleType, isal_zlib)
 
 
 def _is_bgzf(member: bytes) -> bool:

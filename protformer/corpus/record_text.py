@@ -79,8 +79,9 @@ def _read_at_once(layout: "_Layout", line: int, report: FastaReport) -> RecordBa
     if words is None:
         return None
     # Behind the header's line end, up to and with the `>` of the next header.
+    view = memoryview(text)
     spans = zip((layout.header_ends + 1).tolist(), [*layout.header_starts[1:].tolist(), len(text)], strict=True)
-    sequences = b"".join([text[start:end] for start, end in spans]) + b">"
+    sequences = b"".join([*[view[start:end] for start, end in spans], b">"])
     tokens = sequences.translate(LETTER_OR_CLOSE_CODES, b"\n")
     changes = LetterChanges()
     largest = np.frombuffer(tokens, np.uint8).max()
@@ -89,7 +90,7 @@ def _read_at_once(layout: "_Layout", line: int, report: FastaReport) -> RecordBa
     if largest > LAST_RESIDUE:
         tokens, changes = change_letters(tokens)
     ends = np.flatnonzero(np.frombuffer(tokens, np.uint8) == EOS) + 1
-    if len(ends) != len(layout.header_lines) or np.diff(ends, prepend=0).min() == 1:
+    if len(ends) != len(layout.header_lines) or ends[0] == 1 or (ends[1:] - ends[:-1] == 1).any():
         return None
     report.add_changes(changes)
     ids, headers = words

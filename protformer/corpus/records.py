@@ -58,11 +58,16 @@ class Words:
         return Words(text=self.text, starts=self.starts[chosen], ends=self.ends[chosen])
 
     def strings(self) -> list[str]:
-        return [piece.decode("utf-8") for piece in self.pieces()]
+        text, spans = self.text, zip(self.starts.tolist(), self.ends.tolist(), strict=True)
+        return [text[start:end].decode("utf-8") for start, end in spans]
 
-    def pieces(self) -> list[bytes]:
-        text = self.text
-        return [text[start:end] for start, end in zip(self.starts.tolist(), self.ends.tolist(), strict=True)]
+    def joined(self) -> tuple[bytes, NDArray[np.int64]]:
+        """The pieces one after another, and (piece,) where each ends there; twice as fast as slicing short pieces."""
+        lengths = self.ends - self.starts
+        ends = np.cumsum(lengths)
+        total = int(ends[-1]) if len(ends) else 0
+        places = np.arange(total) + np.repeat(self.starts - (ends - lengths), lengths)
+        return np.frombuffer(self.text, np.uint8)[places].tobytes(), ends
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

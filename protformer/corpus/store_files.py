@@ -82,7 +82,7 @@ class StoreFiles:
         """Add proteins: their tokens, each closed by <eos>, and where each ends, its <eos> included."""
         self._tokens.append(tokens, ends)
         if self._ids is not None:
-            self._ids.append(b"".join(ids.pieces()), np.cumsum(ids.ends - ids.starts))
+            self._ids.append(*ids.joined())
         self._num_proteins += len(ends)
         array = np.frombuffer(tokens, np.uint8)
         if len(array) % 2:

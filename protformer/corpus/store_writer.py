@@ -107,6 +107,7 @@ def check_replaceable(out: Path) -> None:
 def put_in_place(folder: Path, out: Path) -> None:
     """Let a finished store take the place of what `check_replaceable` found there."""
     replaced = folder.with_name(f"{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed right here
     if out.exists():
         out.rename(replaced)
     folder.rename(out)

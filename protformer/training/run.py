@@ -6,20 +6,19 @@ data are read; a run folder appears only with its first content.
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from protformer.config import RunConfig, dump_yaml, load_run_config, override_run
-from protformer.corpus.splits import build_split_stores
-from protformer.corpus.token_store import TokenStore, build_token_store
+from protformer.corpus.token_store import TokenStore
 from protformer.device import choose_device, is_launched_helper
-from protformer.errors import ConfigError, InputError, OutputError
+from protformer.errors import ConfigError, InputError, InterruptedRunError, OutputError
 from protformer.evaluation.masked_lm import MaskedLmScores
 from protformer.training.fit import RunSummary, rows_per_batch, train
-from protformer.training.run_folder import RunFolder, StorePaths, write_whole
+from protformer.training.run_folder import RunFolder, write_whole
+from protformer.training.run_stores import Console, prepare_stores
 
 RESUMABLE_CHANGES = frozenset(
     f"training.{name}"
@@ -37,7 +36,9 @@ RESUMABLE_CHANGES = frozenset(
 STARTING_MARK = ".protformer-starting"
 """Lies in a run folder that this program has made, until the run has its token stores and config.yaml."""
 
-MADE_WHILE_STARTING = r"(\.?(store|validation)(\.\d+\.(tmp|old))?)|stores\.json(\.partial)?|config\.yaml\.partial"
+MADE_WHILE_STARTING = (
+    r"(\.?(store|validation)(\.\d+\.(tmp|old)|\.building)?)|stores\.json(\.partial)?|config\.yaml\.partial"
+)
 """What may be in such a folder besides the mark; nothing else is ever removed."""
 
 
@@ -50,6 +51,7 @@ class RunRequest:
     config_source: str | None
     overrides: tuple[str, ...]
     validation_fasta: str | None
+    cache_dir: Path | None
     max_steps: int | None
     max_time: str | None
     devices: int
@@ -58,17 +60,6 @@ class RunRequest:
     resume: bool
     device: str
     quiet: bool
-
-
-@runtime_checkable
-class Console(Protocol):
-    """How a command talks while it works."""
-
-    def byte_progress(self, sources: Sequence[str]) -> AbstractContextManager[Callable[[int], None]]:
-        """Gives a function that takes the number of bytes read since its last call."""
-
-    def tell(self, line: str | None) -> None:
-        """One line for the user, if there is one."""
 
 
 def run_training(request: RunRequest, console: Console) -> str:
@@ -162,7 +153,14 @@ def _resolve_config(request: RunRequest, stored: RunConfig | None) -> RunConfig:
 def _prepare_stores(request: RunRequest, run: RunFolder, config: RunConfig, console: Console) -> None:
     _refuse_input_inside(run, request)
     with _starting(run.root):
-        paths = _build_stores(request, run, config, console)
+        paths = prepare_stores(
+            request.fasta,
+            request.validation_fasta,
+            beside=run.root,
+            cache=request.cache_dir,
+            fraction=config.data.validation_fraction,
+            console=console,
+        )
         stores = [TokenStore.open(path) for path in (paths.train, paths.validation) if path is not None]
         if len(stores[0]) == 0:
             raise InputError(f"{', '.join(request.fasta)}: no proteins are left to train on")
@@ -179,42 +177,6 @@ def _refuse_input_inside(run: RunFolder, request: RunRequest) -> None:
     for source in (*request.fasta, *filter(None, [request.validation_fasta])):
         if source != "-" and Path(source).resolve().is_relative_to(run.root.resolve()):
             raise OutputError(f"{run.root}: {source} lies inside the run folder; choose another --out")
-
-
-def _build_stores(request: RunRequest, run: RunFolder, config: RunConfig, console: Console) -> StorePaths:
-    train, validation = run.root / "store", run.root / "validation"
-    given = Path(request.fasta[0])
-    if given.is_dir() and len(request.fasta) > 1:
-        raise InputError("--fasta: give one token store, or FASTA files, not both")
-    if request.validation_fasta is not None:
-        _build([request.validation_fasta], validation, console)
-    if given.is_dir():
-        TokenStore.open(given)
-        if request.validation_fasta is None:
-            console.tell("nothing is held out: a prepared store is taken whole; give --val-fasta to validate")
-        return StorePaths(train=given.resolve(), validation=validation if request.validation_fasta else None)
-    if request.validation_fasta is not None:
-        _build(request.fasta, train, console)
-        return StorePaths(train=train, validation=validation)
-    with console.byte_progress(request.fasta) as progress:
-        held_out = build_split_stores(
-            request.fasta,
-            train=train,
-            validation=validation,
-            fraction=config.data.validation_fraction,
-            progress=progress,
-        )
-    console.tell(TokenStore.open(train).manifest.changes_summary())
-    console.tell(
-        f"held out for validation: {held_out:,} proteins, by a hash of the sequence; homologs may be in training"
-    )
-    return StorePaths(train=train, validation=validation if held_out else None)
-
-
-def _build(fasta: Sequence[str], store: Path, console: Console) -> None:
-    with console.byte_progress(fasta) as progress:
-        manifest = build_token_store(fasta, store, progress=progress)
-    console.tell(manifest.changes_summary())
 
 
 def _check_sources(request: RunRequest, run: RunFolder) -> None:
@@ -248,12 +210,17 @@ def _flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
 
 @contextmanager
 def _starting(folder: Path) -> Iterator[None]:
-    """A folder that is marked until the block is done, and as it was before if the block fails."""
+    """A folder that is marked until the block is done, and as it was before if the block fails.
+
+    Stores that were half built when a run was killed stay, for the next one to go on with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_made_while_starting(folder)
+    _remove_made_while_starting(folder, but_half_built=True)
     (folder / STARTING_MARK).touch()
     try:
         yield
+    except InterruptedRunError:
+        raise
     except BaseException:
         _remove_made_while_starting(folder)
         (folder / STARTING_MARK).unlink(missing_ok=True)
@@ -263,9 +230,11 @@ def _starting(folder: Path) -> Iterator[None]:
     (folder / STARTING_MARK).unlink()
 
 
-def _remove_made_while_starting(folder: Path) -> None:
+def _remove_made_while_starting(folder: Path, *, but_half_built: bool = False) -> None:
     if not (folder / STARTING_MARK).exists():
         return
     for entry in folder.iterdir():
+        if but_half_built and entry.name.endswith(".building"):
+            continue
         if re.fullmatch(MADE_WHILE_STARTING, entry.name):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
