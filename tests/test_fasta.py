@@ -163,6 +163,28 @@ def test_corrupt_compressed_data_are_refused_in_one_line(tmp_path):
     assert fault(write(tmp_path, bytes(packed))).startswith(f"{tmp_path}/proteins.fasta: corrupt zstd: ")
 
 
+@pytest.mark.parametrize("name", [name for name in COMPRESSIONS if "gz" in name])
+def test_gzip_is_read_the_same_with_and_without_isal(tmp_path, monkeypatch, name):
+    pytest.importorskip("isal")
+    rng = random.Random(0)
+    content = COMPRESSIONS[name]("".join(f">p{i}\n{'MKVLA' * i}\n" for i in range(1, 60)).encode())
+    cases = [content, content[:-1], content + b"junk", content + bytes(70_000), content[:30], content * 3]
+    for _ in range(60):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        cases.append(bytes(damaged))
+    for number, case in enumerate(cases):
+        path = write(tmp_path, case, f"{number}.gz")
+        with_isal = outcome(path)
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, "isal", None)
+            without = outcome(path)
+        # What exactly is corrupt, and how soon that is seen, differs between the libraries.
+        told = [message and message.split(": corrupt gzip: ")[0] for _, message in (with_isal, without)]
+        assert told[0] == told[1]
+        assert with_isal[1] is not None or with_isal == without
+
+
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     assert fault(tmp_path / "no.fasta") == f"{tmp_path}/no.fasta: no such file"
     assert fault(tmp_path) == f"{tmp_path}: is a folder; give a file"
