@@ -5,20 +5,22 @@ from typing import Any
 
 import click
 
-from protformer.cli.options import FilePath, fasta_option, quiet_option
+from protformer.cli.options import FilePath, fasta_option, quiet_option, workers_option
 from protformer.cli.split_options import split_options, split_request
 
 
 @click.command("prepare")
 @fasta_option(multiple=True)
 @click.option("--out", required=True, type=FilePath, metavar="STORE", help="Folder to make.")
+@workers_option
 @split_options
 @quiet_option
-def command(fasta: tuple[str, ...], out: Path, split: dict[str, Any], quiet: bool) -> None:
+def command(fasta: tuple[str, ...], out: Path, workers: int | None, split: dict[str, Any], quiet: bool) -> None:
     """Turn FASTA into a token store.
 
     `train` does this by itself; prepare once to train several times on a large file: `train --fasta STORE`. Duplicate
-    ids are allowed, ids are kept.
+    ids are allowed, ids are kept. The store is the same whatever the number of workers; after a kill, the same command
+    goes on from where it was.
 
     With --split, STORE holds one token store each for train, validation, test and ood (families held out whole), and
     split.json, which says how they were made: `train --fasta STORE/train --val-fasta STORE/validation`. Whole clusters
@@ -29,6 +31,7 @@ def command(fasta: tuple[str, ...], out: Path, split: dict[str, Any], quiet: boo
       protformer prepare --fasta proteins.fa.gz --out splits --split mmseqs --threads 8
     """
     from protformer.cli.progress import StderrConsole
+    from protformer.corpus.build_workers import num_cores
     from protformer.corpus.store_manifest import StoreManifest
     from protformer.corpus.token_store import build_token_store
     from protformer.errors import OutputError
@@ -40,7 +43,7 @@ def command(fasta: tuple[str, ...], out: Path, split: dict[str, Any], quiet: boo
 
     def build(store: Path) -> StoreManifest:
         with console.byte_progress(fasta) as progress:
-            manifest = build_token_store(fasta, store, progress=progress)
+            manifest = build_token_store(fasta, store, workers=workers or num_cores(), progress=progress)
         console.tell(manifest.changes_summary())
         return manifest
 

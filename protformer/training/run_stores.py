@@ -1,0 +1,176 @@
+"""The token stores of a run: given, found in a cache, or built from FASTA.
+
+In: what the user gave, and where stores may be kept: beside the run, or in a cache that runs share. Out: `StorePaths`.
+In the cache a store lies under a name made from its files' sizes and the checksums of their ends, so that it is found
+again whatever the files are called, and a changed file gets a store of its own. A run that finds another one building
+waits for it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from protformer.alphabet import FINGERPRINT
+from protformer.corpus.build_lock import exclusive_folder, remove_exclusive_folder
+from protformer.corpus.build_workers import num_cores
+from protformer.corpus.split_manifest import SPLIT_FILE
+from protformer.corpus.splits import build_split_stores
+from protformer.corpus.store_manifest import FORMAT_VERSION, inspect_sources
+from protformer.corpus.token_store import TokenStore, build_token_store
+from protformer.errors import InputError
+from protformer.training.run_folder import StorePaths
+
+TRAIN, VALIDATION = "store", "validation"
+
+
+@runtime_checkable
+class Console(Protocol):
+    """How a command talks while it works."""
+
+    def byte_progress(self, sources: Sequence[str]) -> AbstractContextManager[Callable[[int], None]]:
+        """Gives a function that takes the number of bytes read since its last call."""
+
+    def tell(self, line: str | None) -> None:
+        """One line for the user, if there is one."""
+
+
+def prepare_stores(
+    fasta_by_store: Sequence[Sequence[str]],
+    validation_fasta: str | None,
+    *,
+    beside: Path,
+    cache: Path | None,
+    fraction: float,
+    console: Console,
+) -> StorePaths:
+    """The stores to train on, one for each list of FASTA files or for each prepared store, and to validate with.
+
+    `beside` is the folder to build in without a `cache`. Without a validation file, a `fraction` of the proteins is
+    held out. Raises InputError, OutputError.
+    """
+    given = [source for fasta in fasta_by_store for source in fasta]
+    prepared = [Path(source).is_dir() for source in given]
+    if any(prepared) and not all(prepared):
+        raise InputError("--fasta: give token stores, or FASTA files, not both")
+    validation: tuple[Path, ...] = ()
+    if validation_fasta is not None:
+        validation = (_validation_store(validation_fasta, beside, cache, console),)
+    if all(prepared):
+        train = tuple(_prepared_store(Path(source)) for source in given)
+        if not validation:
+            console.tell("nothing is held out: a prepared store is taken whole; give --val-fasta to validate")
+        return StorePaths(train=train, validation=validation)
+    if validation:
+        return StorePaths(train=_build_all(fasta_by_store, beside, cache, console), validation=validation)
+    return _split_all(fasta_by_store, beside, cache, fraction, console)
+
+
+def _validation_store(given: str, beside: Path, cache: Path | None, console: Console) -> Path:
+    if Path(given).is_dir():
+        return _prepared_store(Path(given))
+    with _place([given], cache, beside / VALIDATION, None, console) as store:
+        _build([given], store, console)
+        return store
+
+
+def _prepared_store(path: Path) -> Path:
+    """Raise InputError unless this folder is a token store."""
+    if (path / SPLIT_FILE).is_file():
+        raise InputError(
+            f"{path}: holds a split, not one token store; give --fasta {path / 'train'} "
+            f"--val-fasta {path / 'validation'}"
+        )
+    TokenStore.open(path)
+    return path.resolve()
+
+
+def _build_all(
+    fasta_by_store: Sequence[Sequence[str]], beside: Path, cache: Path | None, console: Console
+) -> tuple[Path, ...]:
+    stores = []
+    for number, fasta in enumerate(fasta_by_store):
+        with _place(fasta, cache, beside / (TRAIN + _suffix(number)), None, console) as store:
+            _build(fasta, store, console)
+            stores.append(store)
+    return tuple(stores)
+
+
+def _split_all(
+    fasta_by_store: Sequence[Sequence[str]], beside: Path, cache: Path | None, fraction: float, console: Console
+) -> StorePaths:
+    train, validation, held_out = [], [], 0
+    for number, fasta in enumerate(fasta_by_store):
+        with _place(fasta, cache, beside / (TRAIN + _suffix(number)), fraction, console) as store:
+            split = store.with_name(VALIDATION + _suffix(number) if cache is None else VALIDATION)
+            held_out += _split(fasta, store, split, fraction, console)
+            train.append(store)
+            validation += [split] if split.exists() else []
+    console.tell(
+        f"held out for validation: {held_out:,} proteins, by a hash of the sequence; homologs may be in training"
+    )
+    return StorePaths(train=tuple(train), validation=tuple(validation))
+
+
+def _suffix(number: int) -> str:
+    return f"-{number + 1}" if number else ""
+
+
+@contextmanager
+def _place(
+    fasta: Sequence[str], cache: Path | None, without_cache: Path, fraction: float | None, console: Console
+) -> Iterator[Path]:
+    """Where the store is to be, while no other process may build there."""
+    key = None if cache is None else _key(fasta, fraction)
+    if cache is None or key is None:
+        yield without_cache
+        return
+    store = cache.resolve() / f"{Path(fasta[0]).name.split('.')[0]}-{key}" / TRAIN
+    lock = store.with_name(".in-use")
+    wait = f"waiting for another run that builds {store}"
+    with exclusive_folder(lock, store, wait=lambda: console.tell(wait)):
+        try:
+            yield store
+        finally:
+            remove_exclusive_folder(lock)
+
+
+def _key(fasta: Sequence[str], fraction: float | None) -> str | None:
+    """The same for the same content; None for what cannot be read twice."""
+    sources = inspect_sources(fasta)
+    if not all(source.head_sha256 for source in sources):
+        return None
+    contents = [(source.num_bytes, source.head_sha256, source.tail_sha256) for source in sources]
+    return hashlib.sha256(json.dumps([FORMAT_VERSION, FINGERPRINT, fraction, contents]).encode()).hexdigest()[:16]
+
+
+def _build(fasta: Sequence[str], store: Path, console: Console) -> None:
+    if _is_there(store, fasta):
+        console.tell(f"using the token store {store}")
+        return
+    with console.byte_progress(fasta) as progress:
+        manifest = build_token_store(fasta, store, workers=num_cores(), progress=progress)
+    console.tell(manifest.changes_summary())
+
+
+def _split(fasta: Sequence[str], train: Path, validation: Path, fraction: float, console: Console) -> int:
+    """The number of proteins held out."""
+    if _is_there(train, fasta):
+        console.tell(f"using the token stores in {train.parent}")
+        return len(TokenStore.open(validation)) if validation.exists() else 0
+    with console.byte_progress(fasta) as progress:
+        held_out = build_split_stores(
+            fasta, train=train, validation=validation, fraction=fraction, workers=num_cores(), progress=progress
+        )
+    console.tell(TokenStore.open(train).manifest.changes_summary())
+    return held_out
+
+
+def _is_there(store: Path, fasta: Sequence[str]) -> bool:
+    """Whether the store is whole and of these files; another one is replaced."""
+    try:
+        return TokenStore.open(store).difference_from(fasta) is None
+    except InputError:
+        return False
