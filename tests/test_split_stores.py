@@ -108,7 +108,7 @@ def test_whole_clusters_of_a_table_go_to_one_side(tmp_path):
 @pytest.mark.parametrize("method", ["hash", "mmseqs"])
 def test_proteins_stay_on_their_side_when_others_are_added(tmp_path, fake_mmseqs, method):
     proteins = random_proteins(200, letters="ACDEFG")
-    more = proteins | random_proteins(200, seed=1, letters="ACDEFG")
+    more = random_proteins(200, seed=1, letters="HIKLMN") | proteins | random_proteins(200, seed=2, letters="ACDEFG")
     options = ("--split", method, "--no-search", *FRACTIONS)
     assert prepare(tmp_path, proteins, *options, out="a") == 0
     assert prepare(tmp_path, more, *options, out="b") == 0
