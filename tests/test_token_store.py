@@ -177,7 +177,7 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path, fasta, mon
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_disk_that_is_full_from_the_start_is_told_in_one_line(tmp_path, fasta, monkeypatch):
-    monkeypatch.setattr("protformer.corpus.token_store.TOKENS_FILE", "/dev/full")
+    monkeypatch.setattr("protformer.corpus.store_files.TOKENS_FILE", "/dev/full")
     with pytest.raises(OutputError, match="cannot be written: No space left on device"):
         build_token_store([fasta], tmp_path / "store")
     assert entries(tmp_path) == ["proteins.fasta"]

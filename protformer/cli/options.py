@@ -50,5 +50,11 @@ batch_tokens_option = click.option(
     metavar="N",
     help="Tokens worked off at once; less needs less memory, results are the same.",
 )
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes that read FASTA, each some 60 MB of memory.  [default: all cores]",
+)
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of a table.")

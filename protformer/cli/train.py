@@ -24,6 +24,12 @@ from protformer.cli.options import FilePath, device_option, fasta_option, quiet_
 )
 @click.option("--pairs", metavar="TSV", help="Train on pairs of proteins that interact: a, b and perhaps a label.")
 @click.option(
+    "--cache-dir",
+    type=FilePath,
+    metavar="DIR",
+    help="Keep token stores there for other runs, instead of in the run folder.",
+)
+@click.option(
     "--max-steps", type=click.IntRange(min=1), metavar="N", help="Stop there; counted from the start of the run."
 )
 @click.option("--max-time", metavar="HH:MM:SS", help="Stop after this time of training.")
@@ -43,6 +49,7 @@ def command(
     val_fasta: str | None,
     clusters: str | None,
     pairs: str | None,
+    cache_dir: Path | None,
     max_steps: int | None,
     max_time: str | None,
     devices: int,
@@ -74,6 +81,7 @@ def command(
             validation_fasta=val_fasta,
             clusters=clusters,
             pairs=pairs,
+            cache_dir=cache_dir,
             max_steps=max_steps,
             max_time=max_time,
             devices=devices,

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import IO
+from types import ModuleType
+from typing import IO, cast
 
 from protformer.errors import InputError
 
@@ -22,10 +23,11 @@ Source = str | Path
 Consumed = Callable[[int], None]
 """Told the number of bytes read from the source (compressed as they are), each time some were read."""
 
-BLOCK_BYTES = 1 << 17
+BLOCK_BYTES = 1 << 18
 """Small enough for a block and what is made from it to stay in the caches: blocks of 4 MiB took 1.6 times as long."""
 
-_READ_BYTES = 1 << 17
+_READ_BYTES = 1 << 18
+_PIECE_BYTES = 1 << 17
 _ZSTD_FEED_BYTES = 1 << 12  # 4 bytes can stand for 128 KiB, and the zstd decoder gives all of it at once
 _ZSTD_MAX_WINDOW_BYTES = 1 << 31  # `zstd --long=31`
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -41,6 +43,13 @@ def open_blocks(source: Source, *, consumed: Consumed | None = None, block_bytes
         raw = _read(file.read, consumed)
         head = next(raw, b"")
         yield from _gather(_decompress(head, chain((head,), raw), name), block_bytes)
+
+
+def is_plain(source: Source) -> bool:
+    """Whether a regular file is neither compressed nor an archive."""
+    with readable(source), open(source, "rb") as file:
+        head = file.read(_BGZF_HEADER_BYTES)
+    return _compression(head) is None
 
 
 @contextmanager
@@ -83,15 +92,24 @@ def _read(read: Callable[[int], bytes], consumed: Consumed | None) -> Iterator[b
 
 
 def _decompress(head: bytes, raw: Iterator[bytes], name: str) -> Iterator[bytes]:
+    kind = _compression(head)
+    if kind in _UNREADABLE.values():
+        raise InputError(f"{name}: is {kind}-compressed; give it plain, gzip or zstd")
+    if kind == "gzip":
+        return _gunzip(raw, name)
+    return _unzstd(raw, name) if kind == "zstd" else raw
+
+
+def _compression(head: bytes) -> str | None:
     for magic, kind in _UNREADABLE.items():
         if head.startswith(magic):
-            raise InputError(f"{name}: is {kind}-compressed; give it plain, gzip or zstd")
+            return kind
     if head.startswith(_GZIP_MAGIC):
-        return _gunzip(raw, name)
+        return "gzip"
     # pzstd starts with a skippable frame: 0x184D2A5? in little-endian order.
     if head.startswith(_ZSTD_MAGIC) or (head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):
-        return _unzstd(raw, name)
-    return raw
+        return "zstd"
+    return None
 
 
 def _gather(pieces: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
@@ -116,11 +134,12 @@ def _gather(pieces: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
 
 
 def _gunzip(raw: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """Members one after another; the pieces of one `raw` item are at most BLOCK_BYTES each.
+    """Members one after another; pieces are at most `_PIECE_BYTES` each.
 
     A BGZF file ends with an empty member. Where that is missing, the file was cut between two members, which
     the checksums of the members cannot tell.
     """
+    inflate = _inflate_module()
     decoder, is_bgzf, member_bytes = None, False, 0
     for data in raw:
         while data:
@@ -131,10 +150,10 @@ def _gunzip(raw: Iterator[bytes], name: str) -> Iterator[bytes]:
                     data += next(raw, b"")
                 if data[:2] != _GZIP_MAGIC:
                     raise InputError(f"{name}: corrupt gzip: other data follow the compressed data")
-                decoder, is_bgzf, member_bytes = zlib.decompressobj(wbits=31), _is_bgzf(data), 0
+                decoder, is_bgzf, member_bytes = inflate.decompressobj(wbits=31), _is_bgzf(data), 0
             try:
-                piece = decoder.decompress(data, BLOCK_BYTES)
-            except zlib.error as error:
+                piece = decoder.decompress(data, _PIECE_BYTES)
+            except inflate.error as error:
                 raise InputError(f"{name}: corrupt gzip: {error}") from error
             data = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
             member_bytes += len(piece)
@@ -144,6 +163,15 @@ def _gunzip(raw: Iterator[bytes], name: str) -> Iterator[bytes]:
                 yield piece
     if decoder is not None or (is_bgzf and member_bytes):
         raise InputError(f"{name}: truncated gzip: the end of the compressed data is missing; copy the file again")
+
+
+def _inflate_module() -> ModuleType:
+    """ISA-L's zlib, if the extra `fast` is installed: the same interface, about three times as fast."""
+    try:
+        from isal import isal_zlib
+    except ImportError:
+        return zlib
+    return cast(ModuleType, isal_zlib)
 
 
 def _is_bgzf(member: bytes) -> bool:

@@ -7,15 +7,15 @@ a validation file that was chosen by clustering (`train --val-fasta`).
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from protformer.corpus.compression import Source
-from protformer.corpus.fasta import FastaReport, RecordBatch, read_batches
-from protformer.corpus.store_manifest import inspect_sources
-from protformer.corpus.token_store import TokenStoreWriter
+from protformer.corpus.records import RecordBatch
+from protformer.corpus.store_build import build_stores
 
 
 def build_split_stores(
@@ -24,33 +24,30 @@ def build_split_stores(
     train: Path,
     validation: Path,
     fraction: float,
+    workers: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> int:
     """Write both token stores; the number of proteins held out (without any, there is no validation store)."""
-    report = FastaReport()
-    held_out_proteins = 0
-    with TokenStoreWriter(train) as train_writer, TokenStoreWriter(validation) as validation_writer:
-        sources = inspect_sources(fasta)
-        for batch in read_batches(fasta, on_duplicate="allow", report=report, consumed=progress):
-            held_out = np.array([is_held_out(protein, fraction) for protein in batch.proteins], dtype=bool)
-            held_out_proteins += int(held_out.sum())
-            _append(train_writer, batch, ~held_out)
-            _append(validation_writer, batch, held_out)
-        train_writer.finish(sources, report)
-        if held_out_proteins:
-            validation_writer.finish(sources, report)
-    return held_out_proteins
+    _, held_out = build_stores(
+        fasta, [train, validation], divide=HashSplit(fraction=fraction), workers=workers, progress=progress
+    )
+    return held_out.num_proteins if held_out is not None else 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HashSplit:
+    """Sends a share of the sequences to the second of two stores."""
+
+    fraction: float
+
+    def __call__(self, batch: RecordBatch) -> NDArray[np.int64]:
+        ends = batch.ends.tolist()
+        view = memoryview(batch.tokens)
+        spans = zip([0, *ends], ends, strict=False)
+        hashes = np.array([zlib.crc32(view[start : end - 1]) for start, end in spans], dtype=np.int64)
+        return (hashes < self.fraction * 2**32).astype(np.int64)
 
 
 def is_held_out(protein: bytes, fraction: float) -> bool:
     """Whether the protein with these tokens belongs to the held-out share."""
     return zlib.crc32(protein) < fraction * 2**32
-
-
-def _append(writer: TokenStoreWriter, batch: RecordBatch, chosen: NDArray[np.bool_]) -> None:
-    if not chosen.any():
-        return
-    lengths = np.diff(batch.ends, prepend=0)
-    tokens = np.frombuffer(batch.tokens, dtype=np.uint8)[np.repeat(chosen, lengths)]
-    ids = [name for name, is_chosen in zip(batch.ids, chosen, strict=True) if is_chosen]
-    writer.append(ids, tokens.tobytes(), np.cumsum(lengths[chosen]))

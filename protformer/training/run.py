@@ -6,20 +6,19 @@ data are read; a run folder appears only with its first content.
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from protformer.config import RunConfig, dump_yaml, load_run_config, override_run
-from protformer.corpus.splits import build_split_stores
-from protformer.corpus.token_store import TokenStore, build_token_store
+from protformer.corpus.token_store import TokenStore
 from protformer.device import choose_device, is_launched_helper
-from protformer.errors import ConfigError, InputError, OutputError
+from protformer.errors import ConfigError, InputError, InterruptedRunError, OutputError
 from protformer.evaluation.masked_lm import MaskedLmScores
 from protformer.training.fit import RunSummary, rows_per_batch, train
-from protformer.training.run_folder import RunFolder, StorePaths, write_whole
+from protformer.training.run_folder import RunFolder, write_whole
+from protformer.training.run_stores import Console, prepare_stores
 from protformer.training.sampling_tables import (
     add_sampling_tables,
     check_sampling,
@@ -44,7 +43,7 @@ STARTING_MARK = ".protformer-starting"
 """Lies in a run folder that this program has made, until the run has its token stores and config.yaml."""
 
 MADE_WHILE_STARTING = (
-    r"(\.?(store|validation)(-\d+)?(\.\d+\.(tmp|old))?)|clusters|pairs\.npy"
+    r"(\.?(store|validation)(-\d+)?(\.\d+\.(tmp|old)|\.building)?)|clusters|pairs\.npy"
     r"|stores\.json(\.partial)?|config\.yaml\.partial"
 )
 """What may be in such a folder besides the mark; nothing else is ever removed."""
@@ -59,6 +58,7 @@ class RunRequest:
     config_source: str | None
     overrides: tuple[str, ...]
     validation_fasta: str | None
+    cache_dir: Path | None
     clusters: str | None
     pairs: str | None
     max_steps: int | None
@@ -69,17 +69,6 @@ class RunRequest:
     resume: bool
     device: str
     quiet: bool
-
-
-@runtime_checkable
-class Console(Protocol):
-    """How a command talks while it works."""
-
-    def byte_progress(self, sources: Sequence[str]) -> AbstractContextManager[Callable[[int], None]]:
-        """Gives a function that takes the number of bytes read since its last call."""
-
-    def tell(self, line: str | None) -> None:
-        """One line for the user, if there is one."""
 
 
 def run_training(request: RunRequest, console: Console) -> str:
@@ -177,7 +166,14 @@ def _prepare_stores(request: RunRequest, run: RunFolder, config: RunConfig, cons
     _refuse_input_inside(run, request)
     check_sampling(request.fasta, config.data, clusters=request.clusters, pairs=request.pairs)
     with _starting(run.root):
-        paths = _build_stores(request, run, config, console)
+        paths = prepare_stores(
+            fasta_by_store(request.fasta, config.data),
+            request.validation_fasta,
+            beside=run.root,
+            cache=request.cache_dir,
+            fraction=config.data.validation_fraction,
+            console=console,
+        )
         for path in paths.train:
             if len(TokenStore.open(path)) == 0:
                 raise InputError(f"{', '.join(request.fasta)}: no proteins are left to train on")
@@ -197,55 +193,6 @@ def _refuse_input_inside(run: RunFolder, request: RunRequest) -> None:
     for source in (*request.fasta, *filter(None, [request.validation_fasta, request.clusters, request.pairs])):
         if source != "-" and Path(source).resolve().is_relative_to(run.root.resolve()):
             raise OutputError(f"{run.root}: {source} lies inside the run folder; choose another --out")
-
-
-def _build_stores(request: RunRequest, run: RunFolder, config: RunConfig, console: Console) -> StorePaths:
-    """One training store for all --fasta, or one for each if they have weights or are prepared stores."""
-    prepared = [Path(source).is_dir() for source in request.fasta]
-    if any(prepared) and not all(prepared):
-        raise InputError("--fasta: give token stores, or FASTA files, not both")
-    validation: tuple[Path, ...] = ()
-    if request.validation_fasta is not None:
-        validation = (run.root / "validation",)
-        _build([request.validation_fasta], *validation, console)
-    if all(prepared):
-        for source in request.fasta:
-            TokenStore.open(Path(source))
-        if request.validation_fasta is None:
-            console.tell("nothing is held out: a prepared store is taken whole; give --val-fasta to validate")
-        return StorePaths(train=tuple(Path(source).resolve() for source in request.fasta), validation=validation)
-    by_store = fasta_by_store(request.fasta, config.data)
-    train = tuple(run.root / f"store{_suffix(number)}" for number in range(len(by_store)))
-    if request.validation_fasta is not None:
-        for fasta, store in zip(by_store, train, strict=True):
-            _build(fasta, store, console)
-        return StorePaths(train=train, validation=validation)
-    split = tuple(run.root / f"validation{_suffix(number)}" for number in range(len(by_store)))
-    held_out = [
-        _build_split(fasta, store, held_out, config.data.validation_fraction, console)
-        for fasta, store, held_out in zip(by_store, train, split, strict=True)
-    ]
-    console.tell(
-        f"held out for validation: {sum(held_out):,} proteins, by a hash of the sequence; homologs may be in training"
-    )
-    return StorePaths(train=train, validation=tuple(path for path, count in zip(split, held_out, strict=True) if count))
-
-
-def _suffix(number: int) -> str:
-    return f"-{number + 1}" if number else ""
-
-
-def _build_split(fasta: Sequence[str], train: Path, validation: Path, fraction: float, console: Console) -> int:
-    with console.byte_progress(fasta) as progress:
-        held_out = build_split_stores(fasta, train=train, validation=validation, fraction=fraction, progress=progress)
-    console.tell(TokenStore.open(train).manifest.changes_summary())
-    return held_out
-
-
-def _build(fasta: Sequence[str], store: Path, console: Console) -> None:
-    with console.byte_progress(fasta) as progress:
-        manifest = build_token_store(fasta, store, progress=progress)
-    console.tell(manifest.changes_summary())
 
 
 def _check_sources(request: RunRequest, run: RunFolder, config: RunConfig) -> None:
@@ -287,12 +234,17 @@ def _flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
 
 @contextmanager
 def _starting(folder: Path) -> Iterator[None]:
-    """A folder that is marked until the block is done, and as it was before if the block fails."""
+    """A folder that is marked until the block is done, and as it was before if the block fails.
+
+    Stores that were half built when a run was killed stay, for the next one to go on with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_made_while_starting(folder)
+    _remove_made_while_starting(folder, but_half_built=True)
     (folder / STARTING_MARK).touch()
     try:
         yield
+    except InterruptedRunError:
+        raise
     except BaseException:
         _remove_made_while_starting(folder)
         (folder / STARTING_MARK).unlink(missing_ok=True)
@@ -302,9 +254,11 @@ def _starting(folder: Path) -> Iterator[None]:
     (folder / STARTING_MARK).unlink()
 
 
-def _remove_made_while_starting(folder: Path) -> None:
+def _remove_made_while_starting(folder: Path, *, but_half_built: bool = False) -> None:
     if not (folder / STARTING_MARK).exists():
         return
     for entry in folder.iterdir():
+        if but_half_built and entry.name.endswith(".building"):
+            continue
         if re.fullmatch(MADE_WHILE_STARTING, entry.name):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

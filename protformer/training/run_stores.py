@@ -1,0 +1,138 @@
+"""The token stores of a run: given, found in a cache, or built from FASTA.
+
+In: what the user gave, and where stores may be kept: beside the run, or in a cache that runs share. Out: `StorePaths`.
+In the cache a store lies under a name made from its files' sizes and the checksums of their ends, so that it is found
+again whatever the files are called, and a changed file gets a store of its own. A run that finds another one building
+waits for it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from protformer.alphabet import FINGERPRINT
+from protformer.corpus.build_lock import exclusive_folder, remove_exclusive_folder
+from protformer.corpus.build_workers import num_cores
+from protformer.corpus.splits import build_split_stores
+from protformer.corpus.store_manifest import FORMAT_VERSION, inspect_sources
+from protformer.corpus.token_store import TokenStore, build_token_store
+from protformer.errors import InputError
+from protformer.training.run_folder import StorePaths
+
+TRAIN, VALIDATION = "store", "validation"
+
+
+@runtime_checkable
+class Console(Protocol):
+    """How a command talks while it works."""
+
+    def byte_progress(self, sources: Sequence[str]) -> AbstractContextManager[Callable[[int], None]]:
+        """Gives a function that takes the number of bytes read since its last call."""
+
+    def tell(self, line: str | None) -> None:
+        """One line for the user, if there is one."""
+
+
+def prepare_stores(
+    fasta_by_store: Sequence[Sequence[str]],
+    validation_fasta: str | None,
+    *,
+    beside: Path,
+    cache: Path | None,
+    fraction: float,
+    console: Console,
+) -> StorePaths:
+    """The stores to train on, one for each group of FASTA files or prepared store, and to validate with.
+
+    `beside` is the folder to build in without a `cache`. Without a validation file, a `fraction` of the proteins is
+    held out. Raises InputError, OutputError.
+    """
+    is_prepared = Path(fasta_by_store[0][0]).is_dir()
+    validation: list[Path] = []
+    if validation_fasta is not None:
+        with _place([validation_fasta], cache, beside, VALIDATION, None, console) as store:
+            _build([validation_fasta], store, console)
+            validation.append(store)
+    elif is_prepared:
+        console.tell("nothing is held out: a prepared store is taken whole; give --val-fasta to validate")
+    train: list[Path] = []
+    for number, fasta in enumerate(fasta_by_store, start=1):
+        name = TRAIN if number == 1 else f"{TRAIN}-{number}"
+        if is_prepared:
+            TokenStore.open(Path(fasta[0]))
+            train.append(Path(fasta[0]).resolve())
+        elif validation_fasta is not None:
+            with _place(fasta, cache, beside, name, None, console) as store:
+                _build(fasta, store, console)
+                train.append(store)
+        else:
+            with _place(fasta, cache, beside, name, fraction, console) as store:
+                held_out = _split(fasta, store, fraction, console)
+                train.append(store)
+                validation += [] if held_out is None else [held_out]
+    return StorePaths(train=tuple(train), validation=tuple(validation))
+
+
+@contextmanager
+def _place(
+    fasta: Sequence[str], cache: Path | None, beside: Path, name: str, fraction: float | None, console: Console
+) -> Iterator[Path]:
+    """Where the store is to be, while no other process may build there."""
+    key = None if cache is None else _key(fasta, fraction)
+    if cache is None or key is None:
+        yield beside / name
+        return
+    store = cache.resolve() / f"{Path(fasta[0]).name.split('.')[0]}-{key}" / TRAIN
+    lock = store.with_name(".in-use")
+    wait = f"waiting for another run that builds {store}"
+    with exclusive_folder(lock, store, wait=lambda: console.tell(wait)):
+        try:
+            yield store
+        finally:
+            remove_exclusive_folder(lock)
+
+
+def _key(fasta: Sequence[str], fraction: float | None) -> str | None:
+    """The same for the same content; None for what cannot be read twice."""
+    sources = inspect_sources(fasta)
+    if not all(source.head_sha256 for source in sources):
+        return None
+    contents = [(source.num_bytes, source.head_sha256, source.tail_sha256) for source in sources]
+    return hashlib.sha256(json.dumps([FORMAT_VERSION, FINGERPRINT, fraction, contents]).encode()).hexdigest()[:16]
+
+
+def _build(fasta: Sequence[str], store: Path, console: Console) -> None:
+    if _is_there(store, fasta):
+        console.tell(f"using the token store {store}")
+        return
+    with console.byte_progress(fasta) as progress:
+        manifest = build_token_store(fasta, store, workers=num_cores(), progress=progress)
+    console.tell(manifest.changes_summary())
+
+
+def _split(fasta: Sequence[str], train: Path, fraction: float, console: Console) -> Path | None:
+    """Build both stores; the one with what is held out, if there is anything."""
+    validation = train.with_name(train.name.replace(TRAIN, VALIDATION))
+    if _is_there(train, fasta):
+        console.tell(f"using the token stores in {train.parent}")
+        return validation if validation.exists() else None
+    with console.byte_progress(fasta) as progress:
+        held_out = build_split_stores(
+            fasta, train=train, validation=validation, fraction=fraction, workers=num_cores(), progress=progress
+        )
+    console.tell(TokenStore.open(train).manifest.changes_summary())
+    console.tell(
+        f"held out for validation: {held_out:,} proteins, by a hash of the sequence; homologs may be in training"
+    )
+    return validation if held_out else None
+
+
+def _is_there(store: Path, fasta: Sequence[str]) -> bool:
+    """Whether the store is whole and of these files; another one is replaced."""
+    try:
+        return TokenStore.open(store).difference_from(fasta) is None
+    except InputError:
+        return False
