@@ -163,6 +163,43 @@ def test_corrupt_compressed_data_are_refused_in_one_line(tmp_path):
     assert fault(write(tmp_path, bytes(packed))).startswith(f"{tmp_path}/proteins.fasta: corrupt zstd: ")
 
 
+@pytest.mark.parametrize("name", [name for name in COMPRESSIONS if "gz" in name])
+def test_gzip_is_read_the_same_with_and_without_isal(tmp_path, monkeypatch, name):
+    pytest.importorskip("isal")
+    content = COMPRESSIONS[name]("".join(f">p{i}\n{'MKVLA' * i}\n" for i in range(1, 60)).encode())
+    path = write(tmp_path, content, name)
+    records, message = outcome(path)
+    assert (len(records), message) == (59, None)
+    for case in (content, content[:-1], content[:30], content + b"junk", content + bytes(70_000), content * 2):
+        path.write_bytes(case)
+        with_isal = outcome(path)
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, "isal", None)
+            assert outcome(path) == with_isal
+
+
+@pytest.mark.parametrize("name", ["one.gz", "members.gz", "blocks.bgz"])
+@pytest.mark.parametrize("library", ["isal", "zlib"])
+def test_a_flipped_bit_in_gzip_is_refused_or_harms_nothing(tmp_path, monkeypatch, name, library):
+    if library == "zlib":
+        monkeypatch.setitem(sys.modules, "isal", None)
+    else:
+        pytest.importorskip("isal")
+    content = COMPRESSIONS[name]("".join(f">p{i}\n{'MKVLA' * i}\n" for i in range(1, 60)).encode())
+    path = write(tmp_path, content, name)
+    whole = outcome(path)
+    rng = random.Random(0)
+    num_refused = 0
+    for _ in range(200):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        path.write_bytes(bytes(damaged))
+        records, message = outcome(path)
+        num_refused += message is not None
+        assert message is not None or records == whole[0]
+    assert num_refused > 100
+
+
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     assert fault(tmp_path / "no.fasta") == f"{tmp_path}/no.fasta: no such file"
     assert fault(tmp_path) == f"{tmp_path}: is a folder; give a file"

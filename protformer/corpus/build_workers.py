@@ -11,7 +11,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, suppress
 from queue import SimpleQueue
 from threading import Lock, Thread
@@ -40,8 +40,8 @@ def num_cores() -> int:
 
 def run_parts(
     tasks: Sequence[PartTask], *, workers: int, progress: Callable[[int], None] | None = None
-) -> Iterator[PartResult]:
-    """The results of all tasks, in order. Raises InputError, OutputError."""
+) -> Generator[PartResult, None, None]:
+    """The results of all tasks, in order; close it to end the workers. Raises InputError, OutputError."""
     tell = progress or (lambda amount: None)
     workers = min(workers, len(tasks))
     if workers <= 1 or not sys.executable:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import IO, cast
+from typing import IO
 
 from protformer.errors import InputError
 
@@ -171,7 +171,8 @@ def _inflate_module() -> ModuleType:
         from isal import isal_zlib
     except ImportError:
         return zlib
-    return cast(ModuleType, isal_zlib)
+    module: ModuleType = isal_zlib
+    return module
 
 
 def _is_bgzf(member: bytes) -> bool:

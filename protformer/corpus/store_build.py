@@ -14,6 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -149,20 +150,26 @@ def _merge(tasks: Sequence[PartTask], merged: MergedStores, workers: int, progre
             progress(task.chosen.num_bytes)
     remaining = tasks[merged.num_parts :]
     finished = {task.number: part for task in remaining if (part := load_part(task.folder, task.number))}
-    built = run_parts([task for task in remaining if task.number not in finished], workers=workers, progress=progress)
-    for task in remaining:
-        if task.number in finished:
+    missing = [task for task in remaining if task.number not in finished]
+    with closing(run_parts(missing, workers=workers, progress=progress)) as built:
+        for task in remaining:
+            if task.number not in finished:
+                merged.add(next(built))
+                continue
             merged.add(finished.pop(task.number))
             if progress is not None:
                 progress(task.chosen.num_bytes)
-        else:
-            merged.add(next(built))
-    built.close()
 
 
 def _name_work(sources: Sequence[SourceFile], ranges: Sequence[ByteRange], options: list[object]) -> str:
     """The same name for the same work, as long as the machine was not restarted: parts are not forced to the disk."""
-    identity: list[object] = [FORMAT_VERSION, FINGERPRINT, options, [asdict(each) for each in (*sources, *ranges)]]
+    identity: list[object] = [
+        FORMAT_VERSION,
+        FINGERPRINT,
+        options,
+        list(map(asdict, sources)),
+        list(map(asdict, ranges)),
+    ]
     identity += [os.stat(source.path).st_mtime_ns if source.head_sha256 else uuid.uuid4().hex for source in sources]
     identity.append(_BOOT_ID.read_text(encoding="ascii") if _BOOT_ID.exists() else "")
     return hashlib.sha256(json.dumps(identity).encode("utf-8")).hexdigest()[:16]

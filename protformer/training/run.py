@@ -251,6 +251,8 @@ def _starting(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # it had or has other contents
             folder.rmdir()
         raise
+    for left in folder.glob(".*.building"):  # by a run that was killed, with other files
+        shutil.rmtree(left)
     (folder / STARTING_MARK).unlink()
 
 

@@ -1,4 +1,4 @@
-"""Mutated real FASTA against the reader and the store builder: `python tests/benchmarks/fuzz_fasta.py FILE... [options]`.
+"""Mutated real FASTA against the reader and the store builder: `python tests/benchmarks/fuzz_fasta.py FILE...`.
 
 Each case is some records of the files, mutated, perhaps compressed and then damaged. The reader must give records or
 one printable line, never another exception; reading in blocks and building in ranges of odd sizes must agree with
@@ -127,7 +127,8 @@ def exchange_letter(content: bytes, rng: random.Random) -> bytes:
 
 PIECES = [
     b">", b">\n", b"\n>", b"> a\n", b"\r", b"\n", b"\n\n", b" ", b"\t", b"*", b"-", b".", b"J", b"*\n", b"\0", b"\xff",
-    b"\xef\xbb\xbf", b"\xc2\xa0", b"\xc3\xa9", b"\xe2\x80\x83", b"\x1c", b"\x85", b";", b"1", b">x y\nMK\n", b"\x0b\x0c",
+    b"\xef\xbb\xbf", b"\xc2\xa0", b"\xc3\xa9", b"\xe2\x80\x83", b"\x1c", b"\x85", b";", b"1", b">x y\nMK\n",
+    b"\x0b\x0c",
 ]  # fmt: skip
 MUTATIONS: list[Callable[[bytes, random.Random], bytes]] = [
     flip, cut_end, cut_start, remove, repeat, insert_bytes, insert_at_line_start, change_line_ends, lower,
