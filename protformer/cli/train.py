@@ -15,7 +15,9 @@ from protformer.cli.options import FilePath, device_option, fasta_option, quiet_
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one field: model.num_layers=12.")
 @click.option(
-    "--val-fasta", metavar="FILE", help="Held-out proteins; else a share is held out by hash of the sequence."
+    "--val-fasta",
+    metavar="FILE",
+    help="Held-out proteins, FASTA or a store; else a share is held out by hash of the sequence.",
 )
 @click.option(
     "--clusters",

@@ -216,7 +216,11 @@ def _check_sources(request: RunRequest, run: RunFolder, config: RunConfig) -> No
     if request.validation_fasta is not None:
         if not paths.validation:
             raise InputError("--resume: the run began without --val-fasta")
-        if difference := TokenStore.open(paths.validation[0]).difference_from([request.validation_fasta]):
+        named_validation, validation = Path(request.validation_fasta), paths.validation[0]
+        if named_validation.is_dir():
+            if named_validation.resolve() != validation.resolve():
+                raise InputError(f"--resume: the run began with {validation}, not with {named_validation}")
+        elif difference := TokenStore.open(validation).difference_from([request.validation_fasta]):
             raise InputError(f"--resume: --val-fasta: {difference}")
     check_tables_unchanged(paths, clusters=request.clusters, pairs=request.pairs)
 

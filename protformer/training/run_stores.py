@@ -51,8 +51,13 @@ def prepare_stores(
     held out. Raises InputError, OutputError.
     """
     is_prepared = Path(fasta_by_store[0][0]).is_dir()
+    for (given,) in fasta_by_store if is_prepared else ():
+        TokenStore.open(Path(given))
     validation: list[Path] = []
-    if validation_fasta is not None:
+    if validation_fasta is not None and Path(validation_fasta).is_dir():
+        TokenStore.open(Path(validation_fasta))
+        validation.append(Path(validation_fasta).resolve())
+    elif validation_fasta is not None:
         with _place([validation_fasta], cache, beside, VALIDATION, None, console) as store:
             _build([validation_fasta], store, console)
             validation.append(store)
@@ -62,7 +67,6 @@ def prepare_stores(
     for number, fasta in enumerate(fasta_by_store, start=1):
         name = TRAIN if number == 1 else f"{TRAIN}-{number}"
         if is_prepared:
-            TokenStore.open(Path(fasta[0]))
             train.append(Path(fasta[0]).resolve())
         elif validation_fasta is not None:
             with _place(fasta, cache, beside, name, None, console) as store:
