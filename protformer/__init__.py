@@ -3,7 +3,7 @@
 The map of the package, from the bottom up (each layer imports only those above it in this list):
 
 - `alphabet`, `errors`: the 33 tokens; what a user's mistake looks like.
-- `config`: a whole run as frozen dataclasses, read strictly from YAML.
+- `decoding`: trees of YAML and JSON to dataclasses, strictly. `config`: a whole run as such dataclasses.
 - `device`: the one place that asks about hardware.
 - `corpus`: sequences to arrays (NumPy). `attention`: one file a kind (torch).
 - `model`: encoder and heads. `checkpoint`: the model folder on disk.

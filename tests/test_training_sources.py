@@ -81,7 +81,7 @@ def test_prepared_stores_may_be_several(folder, tmp_path):
     for name in ("a", "b"):
         assert run(["prepare", "--fasta", str(folder / f"{name}.fa"), "--out", str(tmp_path / name), "--quiet"]) == 0
     out = tmp_path / "run"
-    command = train(tmp_path, out, "--fasta", tmp_path / "b", "--val-fasta", folder / "b.fa", "--max-steps", 1)
+    command = train(tmp_path, out, "--fasta", tmp_path / "b", "--val-fasta", tmp_path / "b", "--max-steps", 1)
     command[command.index(str(tmp_path / "a.fa"))] = str(tmp_path / "a")
     assert run(command) == 0
     assert len(json.loads((out / "stores.json").read_text())["train"]) == 2

@@ -33,7 +33,7 @@ def check_sampling(fasta: Sequence[str], data: DataConfig, *, clusters: str | No
         )
     if clusters is not None and pairs is not None:
         raise InputError("--clusters and --pairs: proteins are drawn by clusters or in pairs, not both; leave one out")
-    num_stores = len(fasta) if Path(fasta[0]).is_dir() else len(fasta_by_store(fasta, data))
+    num_stores = len(fasta_by_store(fasta, data))
     option = "--clusters" if clusters is not None else "--pairs" if pairs is not None else None
     if option is not None and num_stores > 1:
         raise InputError(
@@ -52,8 +52,13 @@ def check_sampling(fasta: Sequence[str], data: DataConfig, *, clusters: str | No
 
 
 def fasta_by_store(fasta: Sequence[str], data: DataConfig) -> list[list[str]]:
-    """The FASTA files of each token store: one store for all, or one for each if they have weights."""
-    return [list(fasta)] if data.source_weights is None else [[source] for source in fasta]
+    """What makes each token store: all FASTA files together, or each by itself if they have weights or are stores."""
+    prepared = [Path(source).is_dir() for source in fasta]
+    if any(prepared) and not all(prepared):
+        raise InputError("--fasta: give token stores, or FASTA files, not both")
+    if all(prepared) or data.source_weights is not None:
+        return [[source] for source in fasta]
+    return [list(fasta)]
 
 
 def add_sampling_tables(
@@ -70,7 +75,7 @@ def add_sampling_tables(
     if clusters is not None:
         (source,) = inspect_sources([clusters])
         folder = run.root / "clusters"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         tell(build_cluster_members(stores[0], clusters, folder).summary())
         paths = replace(paths, clusters=folder, clusters_source=source)
     if pairs is not None:
