@@ -7,6 +7,7 @@ that was stopped or killed goes on from its last checkpoint with the very number
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -80,54 +81,29 @@ def train(
     model.start_from_counts(counts)
     task = MaskedLmTask(model, config.training)
     datamodule = ProteinDataModule(corpus, validation_stores, config, batch_rows=batch_rows)
-    description = partial(_describe, config, corpus, counts)
-    metrics = MetricsLog(
-        run,
-        log_every_steps=config.training.log_every_steps,
-        validate_every_steps=config.training.validate_every_steps,
-        validate=partial(_validate, datamodule, description(0, 0).unigram_frequencies),
-        redraw_curves=partial(_draw_curves, run),
+    callbacks = _build_callbacks(
+        config, run, datamodule, describe=partial(_describe, config, corpus, counts), quiet=quiet
     )
-    checkpointing = Checkpointing(
-        run,
-        every_steps=config.training.checkpoint_every_steps,
-        save_model=lambda task, step: save_model(run.model, task.model, description(step, metrics.tokens_seen)),
-    )
-    max_time = config.training.max_time
-    stop = StopRequest(
-        checkpointing, max_seconds=None if max_time is None else parse_duration(max_time, "training.max_time")
-    )
-    callbacks: list[pl.Callback] = [
-        StepRandomness(config.seed),
-        ConsumedPosition(datamodule),
-        metrics,
-        checkpointing,
-    ]
-    if config.training.log_readiness and validation_stores:
-        held_out = validation_stores[0]
-        proteins = [held_out.protein(i).tolist() for i in range(min(MAX_PROTEINS, len(held_out)))]
-        callbacks.append(ReadinessLog(run, proteins, every_steps=config.training.validate_every_steps))
-    if not quiet:
-        callbacks.append(Progress(metrics, max_steps=config.training.max_steps))
     with _lightning_kept_quiet():
         trainer = _build_trainer(
             config.training,
-            [*callbacks, stop],
+            callbacks.in_order(),
             device=torch_device,
             uses_bf16=precision == torch.bfloat16,
             devices=devices,
             num_nodes=num_nodes,
         )
-        with stop.listening():
+        with callbacks.stop.listening():
             _fit(trainer, task, datamodule, run)
-            checkpointing.save(trainer, task)
-            if stop.signal_name is None:
-                metrics.finish(trainer, task)
-    if stop.signal_name is not None:
+            callbacks.checkpointing.save(trainer, task)
+            if callbacks.stop.signal_name is None:
+                callbacks.metrics.finish(trainer, task)
+    if callbacks.stop.signal_name is not None:
         raise InterruptedRunError(
-            f"stopped by {stop.signal_name} after step {trainer.global_step}; the state is saved in {run.checkpoint};"
+            f"stopped by {callbacks.stop.signal_name} after step {trainer.global_step}; the state is saved in {run.checkpoint};"
             f" add --resume to go on"
         )
+    metrics = callbacks.metrics
     return RunSummary(
         steps=trainer.global_step,
         tokens_seen=metrics.tokens_seen,
@@ -135,6 +111,60 @@ def train(
         fill_rate=metrics.tokens_seen / (trainer.global_step * config.training.tokens_per_step),
         scores=metrics.scores,
         model_folder=run.model,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Callbacks:
+    """Those that `train` asks for something, and the others."""
+
+    position: ConsumedPosition
+    metrics: MetricsLog
+    checkpointing: Checkpointing
+    stop: StopRequest
+    others: list[pl.Callback]
+
+    def in_order(self) -> list[pl.Callback]:
+        return [self.position, self.metrics, self.checkpointing, *self.others, self.stop]
+
+
+def _build_callbacks(
+    config: RunConfig,
+    run: RunFolder,
+    datamodule: ProteinDataModule,
+    *,
+    describe: Callable[[int, int], ModelDescription],
+    quiet: bool,
+) -> _Callbacks:
+    """`describe` takes the steps and tokens of a model so far."""
+    every, max_time = config.training.validate_every_steps, config.training.max_time
+    metrics = MetricsLog(
+        run,
+        log_every_steps=config.training.log_every_steps,
+        validate_every_steps=every,
+        validate=partial(_validate, datamodule, describe(0, 0).unigram_frequencies),
+        redraw_curves=partial(_draw_curves, run),
+    )
+    checkpointing = Checkpointing(
+        run,
+        every_steps=config.training.checkpoint_every_steps,
+        save_model=lambda task, step: save_model(run.model, task.model, describe(step, metrics.tokens_seen)),
+    )
+    others: list[pl.Callback] = [StepRandomness(config.seed)]
+    if config.training.log_readiness and datamodule.validation_stores:
+        held_out = datamodule.validation_stores[0]
+        proteins = [held_out.protein(i).tolist() for i in range(min(MAX_PROTEINS, len(held_out)))]
+        others.append(ReadinessLog(run, proteins, every_steps=every))
+    if not quiet:
+        others.append(Progress(metrics, max_steps=config.training.max_steps))
+    return _Callbacks(
+        position=ConsumedPosition(datamodule),
+        metrics=metrics,
+        checkpointing=checkpointing,
+        stop=StopRequest(
+            checkpointing, max_seconds=None if max_time is None else parse_duration(max_time, "training.max_time")
+        ),
+        others=others,
     )
 
 
