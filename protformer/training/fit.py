@@ -100,8 +100,8 @@ def train(
                 callbacks.metrics.finish(trainer, task)
     if callbacks.stop.signal_name is not None:
         raise InterruptedRunError(
-            f"stopped by {callbacks.stop.signal_name} after step {trainer.global_step}; the state is saved in {run.checkpoint};"
-            f" add --resume to go on"
+            f"stopped by {callbacks.stop.signal_name} after step {trainer.global_step}; the state is saved in"
+            f" {run.checkpoint}; add --resume to go on"
         )
     metrics = callbacks.metrics
     return RunSummary(
