@@ -107,6 +107,8 @@ def plot_readiness(reports: Sequence[LayerReport], *, title: str, path: Path) ->
 
 
 def _draw_costs(axes: "Axes", rows: Sequence[Row], value: Callable[[Row], float | None]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     colors = _colors([row.case.kind for row in rows])
     dtypes = {row.case.dtype for row in rows}
     for series in dict.fromkeys(series_of(row.case) for row in rows):
@@ -127,6 +129,9 @@ def _draw_costs(axes: "Axes", rows: Sequence[Row], value: Callable[[Row], float 
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda number, _: f"{number:,g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda length, _: f"{length:,.0f}")
     axes.tick_params(axis="x", rotation=30)
     plain_frame(axes)
