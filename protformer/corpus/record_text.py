@@ -95,7 +95,7 @@ def _read_at_once(layout: "_Layout", line: int, report: FastaReport) -> RecordBa
         stops[-1] += 1  # the `>` that closes the last one
         num_lines = np.diff(layout.header_lines, append=len(layout.line_ends)) - 1
         ends = np.cumsum(stops - starts - num_lines)
-        num_closed = np.count_nonzero(np.frombuffer(tokens, np.uint8) == EOS)
+        num_closed = int(np.count_nonzero(np.frombuffer(tokens, np.uint8) == EOS))
     if num_closed != len(starts) or np.diff(ends, prepend=0).min() == 1:
         return None
     report.add_changes(changes)
