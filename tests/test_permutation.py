@@ -67,6 +67,15 @@ def test_without_weights_every_item_of_every_source_is_drawn_once_an_epoch(sizes
     assert set(draws.lap.tolist()) == {epoch}
 
 
+def test_each_epoch_each_source_and_each_seed_has_an_order_of_its_own():
+    items = [
+        order.draw(epoch * 80 + np.arange(80))
+        for order in (DrawOrder([40, 40], seed=seed) for seed in (1, 2))
+        for epoch in range(5)
+    ]
+    assert len({draws.item[draws.source == source].tobytes() for draws in items for source in (0, 1)}) == 20
+
+
 @given(
     weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=5),
     start=st.integers(0, 10**9),
