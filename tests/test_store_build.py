@@ -83,6 +83,19 @@ def test_the_store_is_the_same_whatever_the_number_of_workers(corpus, whole, tmp
     assert not building_folder(tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+def test_standard_input_among_files_is_read_by_this_process(corpus, whole, tmp_path, name):
+    sources = [name if path == corpus[2] else str(path) for path in corpus]
+    command = [sys.executable, "-m", "protformer", "prepare", "--workers", "2", "--out", str(tmp_path / "store")]
+    command += [part for source in sources for part in ("--fasta", source)]
+    with corpus[2].open("rb") as file:
+        subprocess.run(command, stdin=file, check=True, timeout=300, capture_output=True)
+    made = content_of(tmp_path / "store")
+    assert {key: made[key] for key in made if key != "manifest.json"} == {
+        key: whole[key] for key in whole if key != "manifest.json"
+    }
+
+
 @settings(max_examples=30)  # each of many small files that are forced to the disk
 @given(texts=st.lists(fasta_texts(), min_size=1, max_size=3), range_bytes=st.integers(1, 80))
 def test_ranges_of_any_size_give_the_same_store(tmp_path_factory, texts: list[FastaText], range_bytes: int):

@@ -1,9 +1,9 @@
 """Parts of a token store by several processes at once, results in order.
 
 In: `PartTask`s. Out: their `PartResult`s in the order of the tasks, whichever was done first; of several faults the
-first in that order is raised. With one worker, or one task, all happens in this process. Workers are interpreters of
-their own that talk over pipes, so that neither threads nor the caller's main module matter; one whose parent is gone
-ends at the next word.
+first in that order is raised. With one worker, one task, or input that only this process has, all happens here.
+Workers are interpreters of their own that talk over pipes, so that neither threads nor the caller's main module matter;
+one whose parent is gone ends at the next word.
 """
 
 import os
@@ -13,12 +13,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Any
 
 from protformer.corpus.build_part import PartResult, PartTask, build_part
-from protformer.corpus.compression import describe_source
+from protformer.corpus.compression import describe_source, is_stdin
 from protformer.errors import OutputError, ProtformerError
 
 _REPORTED_BYTES = 1 << 22
@@ -44,7 +45,7 @@ def run_parts(
     """The results of all tasks, in order; close it to end the workers. Raises InputError, OutputError."""
     tell = progress or (lambda amount: None)
     workers = min(workers, len(tasks))
-    if workers <= 1 or not sys.executable:
+    if workers <= 1 or not sys.executable or any(_is_of_this_process(task.chosen.source) for task in tasks):
         for task in tasks:
             yield build_part(task, tell)
         return
@@ -70,6 +71,11 @@ def run_parts(
             if isinstance(result, ProtformerError):
                 raise result
             yield result
+
+
+def _is_of_this_process(source: str) -> bool:
+    """Whether another process could not open it: standard input, a pipe, or `/dev/fd/63`, as the shell names one."""
+    return is_stdin(source) or not Path(source).is_file() or source.startswith(("/dev/", "/proc/"))
 
 
 class _TaskQueue:

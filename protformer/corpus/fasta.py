@@ -5,10 +5,9 @@ In: FASTA text, plain, gzip, BGZF or zstd, from a file or standard input. Out: `
 `letters` says which letters are changed. A fault is an InputError naming file, record, line and column.
 Headers are UTF-8, or else Latin-1, which gives every byte a character: nothing is lost.
 
-Blocks are cut before the last `>` that starts a line, and all sequences of a block are translated in one
-call. Only where that shows something unusual are its records read one by one: records and messages are the
-same either way, whatever the size of the blocks. Time is linear; memory is a few blocks and the longest
-record, plus the ids unless duplicates are allowed.
+Blocks are cut before the last `>` that starts a line, and `record_text` reads all records of a block at once:
+records and messages are the same whatever the size of the blocks. Time is linear; memory is a few blocks and
+the longest record, plus the ids unless duplicates are allowed.
 """
 
 from collections.abc import Iterator, Sequence

@@ -79,9 +79,9 @@ def _read_at_once(layout: "_Layout", line: int, report: FastaReport) -> RecordBa
     if words is None:
         return None
     # Behind the header's line end, up to and with the `>` of the next header.
-    view = memoryview(text)
-    spans = zip((layout.header_ends + 1).tolist(), [*layout.header_starts[1:].tolist(), len(text)], strict=True)
-    sequences = b"".join([*[view[start:end] for start, end in spans], b">"])
+    view, starts, stops = memoryview(text), layout.header_ends + 1, np.append(layout.header_starts[1:], len(text))
+    spans = zip(starts.tolist(), stops.tolist(), strict=True)
+    sequences = b"".join([*[view[start:stop] for start, stop in spans], b">"])
     tokens = sequences.translate(LETTER_OR_CLOSE_CODES, b"\n")
     changes = LetterChanges()
     largest = np.frombuffer(tokens, np.uint8).max()
@@ -89,8 +89,14 @@ def _read_at_once(layout: "_Layout", line: int, report: FastaReport) -> RecordBa
         return None
     if largest > LAST_RESIDUE:
         tokens, changes = change_letters(tokens)
-    ends = np.flatnonzero(np.frombuffer(tokens, np.uint8) == EOS) + 1
-    if len(ends) != len(layout.header_lines) or ends[0] == 1 or (ends[1:] - ends[:-1] == 1).any():
+        ends = np.flatnonzero(np.frombuffer(tokens, np.uint8) == EOS) + 1
+        num_closed = len(ends)
+    else:
+        stops[-1] += 1  # the `>` that closes the last one
+        num_lines = np.diff(layout.header_lines, append=len(layout.line_ends)) - 1
+        ends = np.cumsum(stops - starts - num_lines)
+        num_closed = int(np.count_nonzero(np.frombuffer(tokens, np.uint8) == EOS))
+    if num_closed != len(starts) or np.diff(ends, prepend=0).min() == 1:
         return None
     report.add_changes(changes)
     ids, headers = words

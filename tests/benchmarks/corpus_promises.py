@@ -177,7 +177,7 @@ def large(arguments: argparse.Namespace) -> Iterator[bool]:
 
 def kills(arguments: argparse.Namespace) -> Iterator[bool]:
     """SIGKILL at 20 random moments of one build, then run again."""
-    fasta = repeated(arguments.files, arguments.folder / "kills.fasta", copies=16)
+    fasta = repeated(arguments.files, arguments.folder / "kills.fasta", copies=8)
     whole, out = arguments.folder / "kills_whole", arguments.folder / "kills_store"
     for folder in (whole, out):
         shutil.rmtree(folder, ignore_errors=True)
