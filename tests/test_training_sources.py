@@ -8,6 +8,7 @@ from small_stores import write_fasta
 from test_training import arguments, assert_same_run, fails_with, metrics, weights
 
 from protformer.cli import run
+from protformer.inference.describe import describe
 
 # A machine for tests may have fewer cores than workers.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -67,6 +68,8 @@ def test_a_run_says_what_it_draws_from_and_resumes_bit_for_bit(folder, tmp_path,
     ours, theirs = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
     assert metrics(tmp_path / "whole")[-1] == metrics(tmp_path / "parts")[-1]
+    filled = describe(tmp_path / "whole")["fill_rate"]
+    assert f"rows {filled:.1%} full)" in messages
 
 
 def test_the_number_of_workers_changes_nothing_and_may_change_on_a_resume(folder, tmp_path):
