@@ -1,6 +1,8 @@
 """The token stores of training runs: built beside the run or shared through a cache, and found again by content."""
 
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -31,6 +33,13 @@ class Listener:
         self.lines.append(line)
 
 
+class OneOfEach(NamedTuple):
+    """The stores of a run on one FASTA file."""
+
+    train: Path
+    validation: Path
+
+
 @pytest.fixture
 def fasta(tmp_path):
     path = tmp_path / "proteins.fa"
@@ -41,14 +50,14 @@ def fasta(tmp_path):
 def prepare(tmp_path, fasta, validation=None, *, cache=True, fraction=0.2, name="run"):
     console = Listener()
     stores = prepare_stores(
-        [str(fasta)],
+        [[str(fasta)]],
         None if validation is None else str(validation),
         beside=tmp_path / name,
         cache=tmp_path / "cache" if cache else None,
         fraction=fraction,
         console=console,
     )
-    return stores, console
+    return OneOfEach(*stores.train, *stores.validation), console
 
 
 def test_without_a_cache_the_stores_lie_beside_the_run(tmp_path, fasta):

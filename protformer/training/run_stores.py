@@ -101,16 +101,13 @@ def _build_all(
 def _split_all(
     fasta_by_store: Sequence[Sequence[str]], beside: Path, cache: Path | None, fraction: float, console: Console
 ) -> StorePaths:
-    train, validation, held_out = [], [], 0
+    train, validation = [], []
     for number, fasta in enumerate(fasta_by_store):
         with _place(fasta, cache, beside / (TRAIN + _suffix(number)), fraction, console) as store:
             split = store.with_name(VALIDATION + _suffix(number) if cache is None else VALIDATION)
-            held_out += _split(fasta, store, split, fraction, console)
+            _split(fasta, store, split, fraction, console)
             train.append(store)
             validation += [split] if split.exists() else []
-    console.tell(
-        f"held out for validation: {held_out:,} proteins, by a hash of the sequence; homologs may be in training"
-    )
     return StorePaths(train=tuple(train), validation=tuple(validation))
 
 
@@ -155,17 +152,18 @@ def _build(fasta: Sequence[str], store: Path, console: Console) -> None:
     console.tell(manifest.changes_summary())
 
 
-def _split(fasta: Sequence[str], train: Path, validation: Path, fraction: float, console: Console) -> int:
-    """The number of proteins held out."""
+def _split(fasta: Sequence[str], train: Path, validation: Path, fraction: float, console: Console) -> None:
     if _is_there(train, fasta):
         console.tell(f"using the token stores in {train.parent}")
-        return len(TokenStore.open(validation)) if validation.exists() else 0
+        return
     with console.byte_progress(fasta) as progress:
         held_out = build_split_stores(
             fasta, train=train, validation=validation, fraction=fraction, workers=num_cores(), progress=progress
         )
     console.tell(TokenStore.open(train).manifest.changes_summary())
-    return held_out
+    console.tell(
+        f"held out for validation: {held_out:,} proteins, by a hash of the sequence; homologs may be in training"
+    )
 
 
 def _is_there(store: Path, fasta: Sequence[str]) -> bool:
