@@ -69,7 +69,7 @@ def _keep_freed_memory() -> None:
     twice that size (mallopt(3), M_MMAP_THRESHOLD). The pages of this one are never touched. Reading takes 0.7 of the
     time; other C libraries are not affected.
     """
-    bytearray(_KEPT_BYTES)
+    bytes(_KEPT_BYTES)
 
 
 def _read_at_once(layout: "_Layout", line: int, report: FastaReport) -> RecordBatch | None:
@@ -79,7 +79,8 @@ def _read_at_once(layout: "_Layout", line: int, report: FastaReport) -> RecordBa
     if words is None:
         return None
     # Behind the header's line end, up to and with the `>` of the next header.
-    view, starts, stops = memoryview(text), layout.header_ends + 1, np.append(layout.header_starts[1:], len(text))
+    view, starts = memoryview(text), layout.header_ends + 1
+    stops = _shifted(layout.header_starts, len(text))
     spans = zip(starts.tolist(), stops.tolist(), strict=True)
     sequences = b"".join([*[view[start:stop] for start, stop in spans], b">"])
     tokens = sequences.translate(LETTER_OR_CLOSE_CODES, b"\n")
@@ -93,14 +94,22 @@ def _read_at_once(layout: "_Layout", line: int, report: FastaReport) -> RecordBa
         num_closed = len(ends)
     else:
         stops[-1] += 1  # the `>` that closes the last one
-        num_lines = np.diff(layout.header_lines, append=len(layout.line_ends)) - 1
+        num_lines = _shifted(layout.header_lines, len(layout.line_ends)) - layout.header_lines - 1
         ends = np.cumsum(stops - starts - num_lines)
         num_closed = int(np.count_nonzero(np.frombuffer(tokens, np.uint8) == EOS))
-    if num_closed != len(starts) or np.diff(ends, prepend=0).min() == 1:
+    if num_closed != len(starts) or ends[0] == 1 or (ends[1:] - ends[:-1]).min(initial=2) == 1:
         return None
     report.add_changes(changes)
     ids, headers = words
     return RecordBatch(id_words=ids, header_words=headers, tokens=tokens, ends=ends, lines=line + layout.header_lines)
+
+
+def _shifted(array: NDArray[np.int64], last: int) -> NDArray[np.int64]:
+    """What comes next after each element; `np.append` and `np.diff` take ten times as long for so few."""
+    shifted = np.empty_like(array)
+    shifted[:-1] = array[1:]
+    shifted[-1] = last
+    return shifted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -187,10 +187,15 @@ def kills(arguments: argparse.Namespace) -> Iterator[bool]:
     rng, num_killed, num_whole = random.Random(0), 0, 0
     while num_killed < 20:
         process = subprocess.Popen([*PREPARE, "--fasta", str(fasta), "--out", str(out), "--workers", "2"])
-        time.sleep(rng.uniform(0.1, 0.6) * seconds)
+        start = time.monotonic()
+        moment = rng.uniform(0.05, 0.8) * seconds
+        while process.poll() is None and time.monotonic() < start + moment:
+            time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         if process.wait() == -signal.SIGKILL:
             num_killed += 1
+        else:
+            seconds = min(seconds, time.monotonic() - start)
         if out.exists():  # it was faster, or has just been put in its place
             num_whole += digest(out) != digest(whole)
             shutil.rmtree(out)
