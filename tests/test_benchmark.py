@@ -116,7 +116,13 @@ def test_every_combination_of_kind_direction_dtype_and_pass_runs():
         *attention_cases(grid(lengths=[16]), heads=2, head_dim=8, num_features=8),
         *model_cases(grid(), SIZES),
     ]:
-        prepare(case)()
+        outcome = prepare(case)()
+        results = [x for x in (outcome if isinstance(outcome, tuple) else (outcome,)) if x is not None]
+        assert results
+        assert all(bool(result.isfinite().all()) for result in results)
+        if case.passes == "forward":
+            (result,) = results
+            assert result.shape[-2] == case.length
 
 
 def test_a_peer_is_only_asked_for_the_kinds_it_has():

@@ -33,6 +33,7 @@ class Server:
         self.content_range = None
         self.ranges = []  # what was asked for
         self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of_test": self}))
+        self.httpd.handle_error = lambda request, client_address: None  # clients that leave early are part of the tests
         self.url = f"http://127.0.0.1:{self.httpd.server_address[1]}"
 
 

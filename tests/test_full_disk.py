@@ -1,13 +1,13 @@
 """A full disk is a user's error in one line that costs no more than the last commit, whatever write it meets."""
 
 import errno
-import resource
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from full_disk import disk_full_at
 
 from protformer.errors import OutputError
 from protformer.inference import journaled_file
@@ -27,17 +27,6 @@ RECORDS = [
     for number in range(40)
 ]
 MAX_BYTES = 30_000
-
-
-@contextmanager
-def disk_full_at(num_bytes):
-    """No file may grow beyond `num_bytes`, which the writer is told in the way of a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def write(path, records, **options):

@@ -2,17 +2,16 @@
 
 import gzip
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from full_disk import disk_full_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import FastaText, fasta_texts
@@ -317,17 +316,6 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(corpus, tmp_path, wo
         build(corpus, out, workers=workers)
     assert str(caught.value) == f"{out}: the token store cannot be written: File too large"
     assert entries(tmp_path) == before
-
-
-@contextmanager
-def disk_full_at(num_bytes: int):
-    """No file may grow beyond `num_bytes`, in this process and its children."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_worker_that_is_lost_is_told_in_one_line(corpus, whole, tmp_path, monkeypatch):

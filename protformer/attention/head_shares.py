@@ -26,5 +26,4 @@ def head_shares(q: Heads, *, num_features: int) -> list[slice]:
 
 def largest_share(shares: list[slice]) -> int:
     """Heads in it."""
-    size: int = shares[0].stop
-    return size
+    return int(shares[0].stop)

@@ -185,7 +185,7 @@ class _PieceWork(BlockWork):
             products = self.query_products(matrix, start, stop, centre=summary.is_certain, out=self.buffer)
             sums = torch.bmm(self.feature_map.activate(products), summary.state, out=self.sums[:, : stop - start])
             numerator, denominator = self.by_segment(sums[..., :-1]), self.by_segment(sums[..., -1:])
-            self.piece.put_quotient(output, start, stop, numerator, denominator)
+            self.piece.put(output, start, stop, numerator.div_(denominator))
             self.piece.put(denominators, start, stop, denominator)
 
     def _differentiate_queries(

@@ -45,20 +45,6 @@ class Slice:
         """The inverse of `take`."""
         self.take(x, start, stop).copy_(part)
 
-    def put_quotient(
-        self,
-        x: Float[Tensor, "batch head residue channel"],
-        start: int,
-        stop: int,
-        numerator: Tensor,
-        denominator: Tensor,
-    ) -> None:
-        """`put` of numerator / denominator, without a copy where dtypes allow it."""
-        if x.dtype == numerator.dtype:
-            torch.div(numerator, denominator, out=self.take(x, start, stop))
-        else:
-            self.put(x, start, stop, numerator / denominator)
-
     def mask(self, start: int, stop: int) -> None:
         """Every place holds a residue."""
 
@@ -88,17 +74,6 @@ class Gather:
         x.transpose(1, 2)[self.rows.expand_as(positions)[mask], positions[mask]] = part.transpose(1, 2)[mask].to(
             x.dtype
         )
-
-    def put_quotient(
-        self,
-        x: Float[Tensor, "batch head residue channel"],
-        start: int,
-        stop: int,
-        numerator: Tensor,
-        denominator: Tensor,
-    ) -> None:
-        """`put` of numerator / denominator."""
-        self.put(x, start, stop, numerator / denominator)
 
     def mask(self, start: int, stop: int) -> Bool[Tensor, "segment 1 place 1"]:
         """False at copies."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from protformer.alphabet import FIRST_RESIDUE, LAST_RESIDUE
 from protformer.attention import build_attention
-from protformer.attention.random_features import draw_projection, projection_generator
+from protformer.attention.random_features import draw_projection, projection_generator, trigonometric_features
 from protformer.config import ExactConfig, FavorConfig, ModelConfig
 from protformer.evaluation.model_readiness import hidden_by_layer
 from protformer.model.masked_lm_head import ProteinLanguageModel
@@ -155,23 +155,15 @@ def exact_attention(q: Rows, k: Rows, v: Rows) -> Rows:
 
 
 def trigonometric_attention(q: Rows, k: Rows, v: Rows, num_features: int, *, seed: int) -> Rows:
-    """phi(x) = exp(|x|^2 / 2) [cos W x, sin W x], orthogonal W of m / 2 rows (Choromanski et al. 2021, eq. 6).
-
-    For the figure only: kernel values and denominators may come out negative, or near zero.
-    """
+    """By m / 2 orthogonal rows; for the figure only, as denominators may come out negative, or near zero."""
     generator = projection_generator(seed, 0, 0)
     projection = draw_projection(
         num_features // 2, q.shape[1], orthogonal=True, row_norms="chi", generator=generator
     ).double()
 
-    def features(x: Rows) -> Float[Tensor, "residue feature"]:
-        x = x.double() * x.shape[1] ** -0.25
-        norms = x.square().sum(-1, keepdim=True) / 2
-        angles = x @ projection.T
-        return torch.cat((angles.cos(), angles.sin()), dim=-1) * (norms - norms.max()).exp()
-
+    phi_q, phi_k = (trigonometric_features(x.double() * q.shape[1] ** -0.25, projection) for x in (q, k))
     ones = torch.ones(len(v), 1, dtype=torch.float64)
-    sums = features(q) @ (features(k).T @ torch.cat((v.double(), ones), dim=1))
+    sums = phi_q @ (phi_k.T @ torch.cat((v.double(), ones), dim=1))
     return (sums[:, :-1] / sums[:, -1:]).to(v.dtype)
 
 

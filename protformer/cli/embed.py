@@ -69,7 +69,7 @@ def command(
     from protformer.checkpoint import save_tensors
     from protformer.cli.progress import byte_progress
     from protformer.corpus.fasta import FastaReport, read_fasta
-    from protformer.inference.embed import LengthLimit, LengthReport, embed, resolve_layer
+    from protformer.inference.embed import LengthLimit, LengthReport, describe_embedding, embed, resolve_layer
     from protformer.inference.embedding_writers import open_embedding_writer
     from protformer.inference.session import open_session
 
@@ -77,20 +77,14 @@ def command(
         raise click.UsageError("--on-long needs --max-length: without it proteins are embedded whole")
     session = open_session(model_path, device=device, precision=precision)
     num_blocks = resolve_layer(layer, session.model.config.num_layers)
+    limit = LengthLimit(max_length=max_length, on_long=on_long)
     if fasta != "-":
         next(read_fasta(fasta))  # a file that cannot be read is told before anything is written
     writer = open_embedding_writer(
         out,
         per=per,
         dtype=dtype,
-        description=session.provenance
-        | {
-            "layer": layer,
-            "pooling": "mean over residues",
-            "precision": str(session.dtype).removeprefix("torch."),
-            "max_length": max_length or 0,
-            "on_long": on_long,
-        },
+        description=describe_embedding(session, layer=layer, limit=limit),
         resume=resume,
         save=save_tensors,
     )
@@ -98,15 +92,10 @@ def command(
     with byte_progress([fasta], quiet=quiet) as progress, writer:
         done = writer.done_ids()
         records = read_fasta(fasta, on_duplicate=on_duplicate, report=fasta_report, consumed=progress)
+        new = (record for record in records if record.id not in done)
         written = 0
         for embedding in embed(
-            session,
-            (record for record in records if record.id not in done),
-            per=per,
-            layer=num_blocks,
-            limit=LengthLimit(max_length=max_length, on_long=on_long),
-            report=length_report,
-            batch_tokens=batch_tokens,
+            session, new, per=per, layer=num_blocks, limit=limit, report=length_report, batch_tokens=batch_tokens
         ):
             writer.write(embedding)
             written += 1

@@ -166,7 +166,7 @@ def _gunzip(raw: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 
 def _inflate_module() -> ModuleType:
-    """ISA-L's zlib, if the extra `fast` is installed: the same interface, about three times as fast."""
+    """ISA-L's zlib, if the extra `fast` is installed: the same interface, about twice as fast."""
     try:
         from isal import isal_zlib
     except ImportError:

@@ -105,16 +105,24 @@ class RecordBatch:
         """The proteins that are chosen, at least one, in order."""
         if chosen.all():
             return self
-        edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
-        bounds = np.concatenate((np.zeros(1, np.int64), self.ends))[edges].tolist()
-        runs = zip(bounds[::2], bounds[1::2], strict=True)
+        tokens, ends = select_proteins(self.tokens, self.ends, chosen)
         return RecordBatch(
             id_words=self.id_words.select(chosen),
             header_words=self.header_words.select(chosen),
-            tokens=b"".join([self.tokens[start:end] for start, end in runs]),
-            ends=np.cumsum(np.diff(self.ends, prepend=0)[chosen]),
+            tokens=tokens,
+            ends=ends,
             lines=self.lines[chosen],
         )
+
+
+def select_proteins(
+    tokens: bytes, ends: NDArray[np.int64], chosen: NDArray[np.bool_]
+) -> tuple[bytes, NDArray[np.int64]]:
+    """Tokens and ends, as in a `RecordBatch`, of the proteins that are chosen."""
+    edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
+    bounds = np.concatenate((np.zeros(1, np.int64), ends))[edges].tolist()
+    runs = zip(bounds[::2], bounds[1::2], strict=True)
+    return b"".join([tokens[start:end] for start, end in runs]), np.cumsum(np.diff(ends, prepend=0)[chosen])
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Literal
 
@@ -30,9 +31,9 @@ from protformer.corpus.families import choose_families, read_families
 from protformer.corpus.identifiers import hash_names, stored_ids
 from protformer.corpus.letters import CLOSE
 from protformer.corpus.mmseqs import MAX_SEARCH_EVALUE, SEARCH_MARGIN, SENSITIVITY, MMseqs
+from protformer.corpus.records import select_proteins
 from protformer.corpus.split_manifest import FORMAT_VERSION, SPLIT_FILE, SplitManifest
 from protformer.corpus.split_sides import STORE_NAMES, Side, drop_copies, drop_relatives, hold_out, sides_by_share
-from protformer.corpus.splits import append_chosen
 from protformer.corpus.store_manifest import StoreManifest
 from protformer.corpus.token_store import TokenStore, TokenStoreWriter
 from protformer.errors import InputError, OutputError
@@ -204,7 +205,9 @@ def _write_stores(
             tokens = store.tokens[int(offsets[0]) : int(offsets[-1])].tobytes()
             names = [name.decode("utf-8") for name in ids]
             for side, writer in writers.items():
-                append_chosen(writer, names, tokens, offsets[1:] - offsets[0], sides == side)
+                chosen = sides == side
+                kept = list(compress(names, chosen))
+                writer.append(kept, *select_proteins(tokens, offsets[1:] - offsets[0], chosen))
             start += len(ids)
         for side, writer in writers.items():
             written[STORE_NAMES[side]] = writer.finish(store.manifest.sources, store.manifest.report)

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from protformer.corpus.compression import Source
 from protformer.corpus.records import RecordBatch
 from protformer.corpus.store_build import build_stores
-from protformer.corpus.store_writer import TokenStoreWriter
 
 
 def build_split_stores(
@@ -47,20 +46,3 @@ class HashSplit:
         spans = zip([0, *ends], ends, strict=False)
         hashes = np.array([zlib.crc32(view[start : end - 1]) for start, end in spans], dtype=np.int64)
         return (hashes < self.fraction * 2**32).astype(np.int64)
-
-
-def is_held_out(protein: bytes, fraction: float) -> bool:
-    """Whether the protein with these tokens belongs to the held-out share."""
-    return zlib.crc32(protein) < fraction * 2**32
-
-
-def append_chosen(
-    writer: TokenStoreWriter, ids: Sequence[str], tokens: bytes, ends: NDArray[np.int64], chosen: NDArray[np.bool_]
-) -> None:
-    """Add those of these proteins (see `RecordBatch`) that are chosen."""
-    if not chosen.any():
-        return
-    lengths = np.diff(ends, prepend=0)
-    kept = np.frombuffer(tokens, dtype=np.uint8)[np.repeat(chosen, lengths)]
-    names = [name for name, is_chosen in zip(ids, chosen, strict=True) if is_chosen]
-    writer.append(names, kept.tobytes(), np.cumsum(lengths[chosen]))

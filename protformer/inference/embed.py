@@ -57,6 +57,17 @@ def resolve_layer(layer: int, num_layers: int) -> int:
     return layer if layer >= 0 else num_layers + 1 + layer
 
 
+def describe_embedding(session: InferenceSession, *, layer: int, limit: LengthLimit) -> dict[str, object]:
+    """What embedding files say about how they were made; `layer` as it was asked for."""
+    return session.provenance | {
+        "layer": layer,
+        "pooling": "mean over residues",
+        "precision": str(session.dtype).removeprefix("torch."),
+        "max_length": limit.max_length or 0,
+        "on_long": limit.on_long,
+    }
+
+
 def embed(
     session: InferenceSession,
     records: Iterable[SequenceRecord],

@@ -51,15 +51,11 @@ def prepare_stores(
     `beside` is the folder to build in without a `cache`. Without a validation file, a `fraction` of the proteins is
     held out. Raises InputError, OutputError.
     """
-    given = [source for fasta in fasta_by_store for source in fasta]
-    prepared = [Path(source).is_dir() for source in given]
-    if any(prepared) and not all(prepared):
-        raise InputError("--fasta: give token stores, or FASTA files, not both")
     validation: tuple[Path, ...] = ()
     if validation_fasta is not None:
         validation = (_validation_store(validation_fasta, beside, cache, console),)
-    if all(prepared):
-        train = tuple(_prepared_store(Path(source)) for source in given)
+    if Path(fasta_by_store[0][0]).is_dir():
+        train = tuple(_prepared_store(Path(store)) for (store,) in fasta_by_store)
         if not validation:
             console.tell("nothing is held out: a prepared store is taken whole; give --val-fasta to validate")
         return StorePaths(train=train, validation=validation)
