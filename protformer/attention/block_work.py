@@ -53,8 +53,12 @@ class BlockWork:
         feature_map.fill_further_columns(self.key_inputs)
         self.values = self.buffer.new_ones((self.num_rows, size, v.shape[3] + 1))
         self.sums = torch.empty_like(self.values)
+        self.gradient_buffer: Tensor | None = None
 
     def allocate_for_backward(self) -> None:
+        """Once, however often it is asked."""
+        if self.gradient_buffer is not None:
+            return
         self.gradient_buffer = torch.empty_like(self.buffer)
         self.inputs_gradient = self.buffer.new_empty((*self.buffer.shape[:2], self.q.shape[3]))
 
@@ -109,6 +113,7 @@ class BlockWork:
 
     def gradient_of_features(self, left: Tensor, transposed_state: Tensor) -> Block:
         """G S^T or [V, 1] dS^T."""
+        assert self.gradient_buffer is not None
         return torch.bmm(left, transposed_state, out=self.gradient_buffer[:, : left.shape[1]])
 
     def by_segment(self, x: Float[Tensor, "row place channel"]) -> Float[Tensor, "segment head residue channel"]:
@@ -116,18 +121,18 @@ class BlockWork:
 
     def put_key_gradients(
         self,
-        gradients: tuple[Heads, Heads, Values],
+        gradients: tuple[Heads, Values],
         products_gradient: Block,
         values_gradient: BlockSums,
         start: int,
         stop: int,
     ) -> None:
         """Those of keys and values, from those of the block's products and of [V, 1]."""
-        self.piece.put(gradients[2], start, stop, self.by_segment(values_gradient[..., :-1]))
+        self.piece.put(gradients[1], start, stop, self.by_segment(values_gradient[..., :-1]))
         gradient = self.pull_back(products_gradient)
         if self.feature_map.norm_factor:
             # The sum over features of products_gradient, from arrays that are smaller.
             of_norm = values_gradient.mul_(self.values[:, : stop - start]).sum(dim=-1, keepdim=True)
             k = self.key_inputs[:, : stop - start, : gradient.shape[2]]
             gradient.addcmul_(of_norm, k, value=-2 * self.feature_map.norm_factor)
-        self.piece.put(gradients[1], start, stop, self.by_segment(gradient))
+        self.piece.put(gradients[0], start, stop, self.by_segment(gradient))

@@ -47,14 +47,6 @@ CAUSAL_BLOCK_RESIDUES = 128
 """A power of two. Larger blocks have more pairs a residue, smaller ones more steps, each of a fixed cost."""
 
 
-def attend_to_past(q: Heads, k: Heads, v: Values, segments: Segments, feature_map: FeatureMap) -> Values:
-    """Every query attends to the keys of its segment up to its own; in the dtype of v, zero at padding."""
-    shares = head_shares(q, num_features=feature_map.num_features)
-    pieces = lay_out(segments, num_features=largest_share(shares) * feature_map.num_features)
-    output: Tensor = _AttendToPast.apply(q, k, v, shares, pieces, feature_map)  # type: ignore[no-untyped-call]
-    return output
-
-
 @dataclass(frozen=True, slots=True)
 class Past:
     """All that attention remembers of the residues so far; its size does not grow with them."""
@@ -63,6 +55,28 @@ class Past:
     """S, relative to the references."""
     reference: Float[Tensor, "batch head feature"] | None
     """The largest log feature of a key so far, -inf before the first; None for maps that need no references."""
+
+
+def attend_to_past(
+    q: Heads,
+    k: Heads,
+    v: Values,
+    segments: Segments,
+    feature_map: FeatureMap,
+    *,
+    past: Past | None = None,
+    past_of: dict[tuple[int, int], int] | None = None,
+) -> Values:
+    """Every query attends to the keys of its segment up to its own; in the dtype of v, zero at padding.
+
+    With a `past`, the segment that begins at (row, position) goes on from its entry `past_of` there.
+    """
+    shares = head_shares(q, num_features=feature_map.num_features)
+    pieces = lay_out(segments, num_features=largest_share(shares) * feature_map.num_features)
+    entries = None if past_of is None else [[past_of[begin] for begin in piece.begins()] for piece in pieces]
+    state, reference = (None, None) if past is None else (past.state, past.reference)
+    output: Tensor = _AttendToPast.apply(q, k, v, state, reference, shares, pieces, entries, feature_map)  # type: ignore[no-untyped-call]
+    return output
 
 
 def no_past(q: Heads, v: Values, feature_map: FeatureMap) -> Past:
@@ -106,37 +120,58 @@ def attend_one_step(
 class _AttendToPast(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, shares: list[slice], pieces: list[Piece], feature_map: FeatureMap
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Tensor | None,
+        reference: Tensor | None,
+        shares: list[slice],
+        pieces: list[Piece],
+        entries: list[list[int]] | None,
+        feature_map: FeatureMap,
     ) -> Tensor:
         output = empty_like(v, pieces)
         denominators = q.new_ones((*q.shape[:3], 1), dtype=compute_dtype(q, k, v))
 
         def attend(heads: slice) -> list[list[Tensor | None]]:
-            x = of_heads(heads, q, k, v)
-            works = (_CausalWork(*x, piece=piece, feature_map=feature_map) for piece in pieces)
+            works = [_CausalWork(*of_heads(heads, q, k, v), piece=piece, feature_map=feature_map) for piece in pieces]
+            for number, work in enumerate(works):
+                if entries is not None and state is not None:
+                    known = None if reference is None else _rows(reference, entries[number], heads)
+                    work.go_on_from(_rows(state, entries[number], heads), known)
             return [work.forward(output[:, heads], denominators[:, heads]) for work in works]
 
         with torch.autocast(q.device.type, enabled=False):
             ctx.references = in_threads([partial(attend, heads) for heads in shares])
-        ctx.save_for_backward(q, k, v, output, denominators)
-        ctx.shares, ctx.pieces, ctx.feature_map = shares, pieces, feature_map
+        ctx.save_for_backward(q, k, v, state, output, denominators)
+        ctx.shares, ctx.pieces, ctx.entries, ctx.feature_map = shares, pieces, entries, feature_map
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, output, denominators = ctx.saved_tensors
+        q, k, v, state, output, denominators = ctx.saved_tensors
         gradients = (empty_like(q, ctx.pieces), empty_like(k, ctx.pieces), empty_like(v, ctx.pieces))
+        state_gradient = None if state is None else torch.zeros_like(state)
 
         def differentiate(heads: slice, by_piece: list[list[Tensor | None]]) -> None:
             x, results = of_heads(heads, q, k, v), of_heads(heads, output, denominators, gradient)
-            for piece, references in zip(ctx.pieces, by_piece, strict=True):
+            for number, (piece, references) in enumerate(zip(ctx.pieces, by_piece, strict=True)):
                 work = _CausalWork(*x, piece=piece, feature_map=ctx.feature_map)
-                work.backward(references, results, of_heads(heads, *gradients))
+                if state is not None:
+                    work.go_on_from(_rows(state, ctx.entries[number], heads), references[0])
+                before = work.backward(references, results, of_heads(heads, *gradients))
+                if state_gradient is not None:
+                    state_gradient[ctx.entries[number], heads] = before.unflatten(0, (piece.num_segments, -1))
 
         with torch.autocast(q.device.type, enabled=False):
             in_threads([partial(differentiate, *share) for share in zip(ctx.shares, ctx.references, strict=True)])
-        return *gradients, None, None, None
+        return *gradients, state_gradient, None, None, None, None, None
+
+
+def _rows(x: Tensor, entries: list[int], heads: slice) -> Tensor:
+    return x[entries, heads].flatten(0, 1)
 
 
 class _CausalWork(BlockWork):
@@ -152,11 +187,16 @@ class _CausalWork(BlockWork):
         self.ranges = block_ranges(piece.num_residues, size)
         self.key_features, self.queries = torch.empty_like(self.buffer), torch.empty_like(self.buffer)
         self.last_matrices: tuple[Reference | None, Tensor | None, Tensor | None] | None = None
+        self.past: tuple[State, Reference | None] | None = None
         self.pairs, self.pairs_gradient = (self.buffer.new_empty((self.num_rows, size, size)) for _ in range(2))
+
+    def go_on_from(self, state: State, reference: Reference | None) -> None:
+        """Let the segments have a past before their first residue here."""
+        self.past = state, reference
 
     def forward(self, output: Values, denominators: Denominators) -> list[Reference | None]:
         """Fill in the output; gives the references."""
-        state, references = self.no_state(), [self._first_reference()]
+        state, references = self._first_state(), [self._first_reference()]
         for start, stop in self.ranges:
             products, exceeds = self._key_products(references[-1], start, stop)
             key_features = self.feature_map.activate(products)
@@ -184,17 +224,20 @@ class _CausalWork(BlockWork):
         references: list[Reference | None],
         output: tuple[Values, Denominators, Values],
         gradients: tuple[Heads, Heads, Values],
-    ) -> None:
-        """Fill in the gradients of q, k and v; `output` are the outputs, their denominators, and their gradient."""
+    ) -> State:
+        """Fill in the gradients of q, k and v; `output` are the outputs, their denominators, and their gradient.
+
+        Gives the gradient of the state before the first residue.
+        """
         self.allocate_for_backward()
         careful_states = self._sweep_forward(references, output, gradients[0])
-        self._sweep_backward(references, careful_states, output, gradients)
+        return self._sweep_backward(references, careful_states, output, gradients)
 
     def _sweep_forward(
         self, references: list[Reference | None], output: tuple[Values, Denominators, Values], gradient: Heads
     ) -> dict[int, State]:
         """The gradients of queries; gives the states before the blocks that are computed carefully."""
-        state, careful_states = self.no_state(), {}
+        state, careful_states = self._first_state(), {}
         for number, (start, stop) in enumerate(self.ranges):
             if references[number + 1] is not references[number]:
                 careful_states[number] = state
@@ -216,8 +259,8 @@ class _CausalWork(BlockWork):
         careful_states: dict[int, State],
         output: tuple[Values, Denominators, Values],
         gradients: tuple[Heads, Heads, Values],
-    ) -> None:
-        """The gradients of keys and values, and all of the careful blocks."""
+    ) -> State:
+        """The gradients of keys and values, and all of the careful blocks; that of the first state."""
         state_gradient = self.no_state()
         for number, (start, stop) in reversed(list(enumerate(self.ranges))):
             if number in careful_states:
@@ -237,10 +280,16 @@ class _CausalWork(BlockWork):
             values_gradient = torch.bmm(key_features, state_gradient).baddbmm_(pairs.transpose(1, 2), sums_gradient)
             self.feature_map.activate_with_gradient(products, products_gradient)
             state_gradient.baddbmm_(query_features.transpose(1, 2), sums_gradient)
-            self.put_key_gradients(gradients, products_gradient, values_gradient, start, stop)
+            self.put_key_gradients(gradients[1:], products_gradient, values_gradient, start, stop)
+        return state_gradient
+
+    def _first_state(self) -> State:
+        return self.no_state() if self.past is None else self.past[0].clone()
 
     def _first_reference(self) -> Reference | None:
-        """The log features of the first key, which every query of the segment sees."""
+        """The past's, or the log features of the first key, which every query of the segment sees."""
+        if self.past is not None:
+            return self.past[1]
         if not self.feature_map.has_references:
             return None
         return self.key_products(self.matrix(None), 0, 1)[:, 0].clone()
@@ -285,7 +334,7 @@ class _CausalWork(BlockWork):
     ) -> CarefulBlock:
         assert isinstance(self.feature_map, ExponentialMap)
         assert reference is not None
-        return careful_block(*inputs, reference, self.feature_map, is_first=start == 0)
+        return careful_block(*inputs, reference, self.feature_map, is_first=start == 0 and self.past is None)
 
     def _differentiate_carefully(
         self,

@@ -12,6 +12,9 @@ from abc import ABC, abstractmethod
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from protformer.attention.sequence_group import SequenceGroup
+from protformer.errors import ConfigError
+
 Heads = Float[Tensor, "batch head residue head_dim"]
 Segments = Int[Tensor, "batch residue"]
 AttentionWeights = Float[Tensor, "batch head residue residue"]
@@ -30,3 +33,7 @@ class Attention(nn.Module, ABC):
 
     def redraw(self, step: int) -> None:
         """Draw new random features if `step` (count of optimizer steps done) asks for it; most kinds have none."""
+
+    def split_over(self, group: SequenceGroup | None) -> None:
+        """From now on, get slices of windows whose other slices are on the other ranks of a group; None ends it."""
+        raise ConfigError("this kind of attention cannot be split over ranks: only linear kinds can")

@@ -16,10 +16,11 @@ Backward. With F = phi(K), P = phi(Q), S the state, y_i the output, d_i its deno
 
 References of exponential features (see `favor`) are constants here, and are guessed before they are known: from
 some of the keys. That is right if no sum left the range in which float32 has all its digits, and
-where it did, the segment is computed again with references that are certain (`_certain_reference`).
+where it did, the sums are computed again with references that are certain (`_certain_reference`), or the outputs with
+a reference for each query.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -66,9 +67,9 @@ class _AttendToAll(torch.autograd.Function):
         output = empty_like(v, pieces)
         denominators = q.new_ones((*q.shape[:3], 1), dtype=compute_dtype(q, k, v))
 
-        def attend(heads: slice) -> list["_Summary"]:
+        def attend(heads: slice) -> list["Summary"]:
             x = of_heads(heads, q, k, v)
-            works = (_PieceWork(*x, piece=piece, feature_map=feature_map) for piece in pieces)
+            works = (PieceWork(*x, piece=piece, feature_map=feature_map) for piece in pieces)
             return [work.forward(output[:, heads], denominators[:, heads]) for work in works]
 
         with torch.autocast(q.device.type, enabled=False):
@@ -83,7 +84,7 @@ class _AttendToAll(torch.autograd.Function):
         references = [summary.reference for summary in summaries]
         ctx.save_for_backward(q, k, v, output, denominators, *references, *states)
         ctx.shares, ctx.pieces, ctx.feature_map = shares, pieces, feature_map
-        ctx.is_certain = [summary.is_certain for summary in summaries]
+        ctx.is_centred = [summary.is_centred for summary in summaries]
         return output
 
     @staticmethod
@@ -91,14 +92,14 @@ class _AttendToAll(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, denominators, *saved = ctx.saved_tensors
         gradients = (empty_like(q, ctx.pieces), empty_like(k, ctx.pieces), empty_like(v, ctx.pieces))
-        references, states = saved[: len(ctx.is_certain)], saved[len(ctx.is_certain) :]
-        summaries = [_Summary(*parts) for parts in zip(references, states, ctx.is_certain, strict=True)]
+        references, states = saved[: len(ctx.is_centred)], saved[len(ctx.is_centred) :]
+        summaries = [Summary(*parts) for parts in zip(references, states, ctx.is_centred, strict=True)]
 
         def differentiate(number: int, heads: slice) -> None:
             x, results = of_heads(heads, q, k, v), of_heads(heads, output, denominators, gradient)
             found = summaries[number * len(ctx.pieces) : (number + 1) * len(ctx.pieces)]
             for piece, summary in zip(ctx.pieces, found, strict=True):
-                work = _PieceWork(*x, piece=piece, feature_map=ctx.feature_map)
+                work = PieceWork(*x, piece=piece, feature_map=ctx.feature_map)
                 work.backward(summary, results, of_heads(heads, *gradients))
 
         with torch.autocast(q.device.type, enabled=False):
@@ -107,16 +108,16 @@ class _AttendToAll(torch.autograd.Function):
 
 
 @dataclass(frozen=True, slots=True)
-class _Summary:
+class Summary:
     """What queries, and the backward pass, need to know of the keys of a piece."""
 
     reference: Reference | None
     state: State | None
-    is_certain: bool
-    """Whether references are such that no key exceeds them; queries are then given their own as well."""
+    is_centred: bool
+    """Whether queries are given references of their own as well."""
 
 
-class _PieceWork(BlockWork):
+class PieceWork(BlockWork):
     """Both passes over one piece."""
 
     def __init__(self, q: Heads, k: Heads, v: Values, *, piece: Piece, feature_map: FeatureMap) -> None:
@@ -124,33 +125,39 @@ class _PieceWork(BlockWork):
         super().__init__(q, k, v, piece=piece, feature_map=feature_map, size=size)
         self.ranges = block_ranges(piece.num_residues, size)
 
-    def forward(self, output: Values, denominators: Denominators) -> _Summary:
+    def forward(self, output: Values, denominators: Denominators) -> Summary:
+        return self.attend(self.summarize(), output, denominators)
+
+    def summarize(self) -> Summary:
+        """The state of the keys, relative to references with which it has all its digits."""
         if not self.feature_map.has_references:
-            summary = _Summary(None, self._sum_keys(None), is_certain=False)
-            self._attend(summary, output, denominators)
-            return summary
+            return Summary(None, self._sum_keys(None), is_centred=False)
         reference = self._guess_reference()
-        summary = _Summary(reference, self._sum_keys(reference), is_certain=False)
-        assert summary.state is not None
-        if _is_in_range(summary.state[:, :, -1]):
-            self._attend(summary, output, denominators)
-            if _is_in_range(self.piece.take(denominators, 0, self.piece.num_residues)):
-                return summary
+        state = self._sum_keys(reference)
+        if _is_in_range(state[:, :, -1]):
+            return Summary(reference, state, is_centred=False)
         reference = self._certain_reference()
-        summary = _Summary(reference, self._sum_keys(reference), is_certain=True)
+        return Summary(reference, self._sum_keys(reference), is_centred=True)
+
+    def attend(self, summary: Summary, output: Values, denominators: Denominators) -> Summary:
+        """Fill in the output and its denominators; gives the summary that the backward pass needs for it."""
+        self._attend(summary, output, denominators)
+        if not self.feature_map.has_references or summary.is_centred:
+            return summary
+        if _is_in_range(self.piece.take(denominators, 0, self.piece.num_residues)):
+            return summary
+        summary = replace(summary, is_centred=True)
         self._attend(summary, output, denominators)
         return summary
 
     def backward(
-        self, summary: _Summary, output: tuple[Values, Denominators, Values], gradients: tuple[Heads, Heads, Values]
+        self, summary: Summary, output: tuple[Values, Denominators, Values], gradients: tuple[Heads, Heads, Values]
     ) -> None:
         """Fill in the gradients of q, k and v; `output` are the outputs, their denominators, and their gradient."""
-        state = self._sum_keys(summary.reference) if summary.state is None else summary.state
-        self.allocate_for_backward()
-        transposed_gradient = self._differentiate_queries(
-            _Summary(summary.reference, state, summary.is_certain), output, gradients[0]
-        )
-        self._differentiate_keys(summary.reference, transposed_gradient, gradients)
+        if summary.state is None:
+            summary = replace(summary, state=self._sum_keys(summary.reference))
+        transposed_gradient = self.differentiate_queries(summary, output, gradients[0])
+        self.differentiate_keys(summary.reference, transposed_gradient, gradients[1:])
 
     def _guess_reference(self) -> Reference:
         """The largest log feature of some of the keys, so that every feature's sum has a term of 1."""
@@ -178,25 +185,26 @@ class _PieceWork(BlockWork):
             transposed.baddbmm_(self.load_values(*block).transpose(1, 2), features)
         return _contiguous_transpose(transposed)
 
-    def _attend(self, summary: _Summary, output: Values, denominators: Denominators) -> None:
+    def _attend(self, summary: Summary, output: Values, denominators: Denominators) -> None:
         matrix = self.matrix(summary.reference)
         assert summary.state is not None
         for start, stop in self.ranges:
-            products = self.query_products(matrix, start, stop, centre=summary.is_certain, out=self.buffer)
+            products = self.query_products(matrix, start, stop, centre=summary.is_centred, out=self.buffer)
             sums = torch.bmm(self.feature_map.activate(products), summary.state, out=self.sums[:, : stop - start])
             numerator, denominator = self.by_segment(sums[..., :-1]), self.by_segment(sums[..., -1:])
             self.piece.put(output, start, stop, numerator.div_(denominator))
             self.piece.put(denominators, start, stop, denominator)
 
-    def _differentiate_queries(
-        self, summary: _Summary, output: tuple[Values, Denominators, Values], gradient: Heads
+    def differentiate_queries(
+        self, summary: Summary, output: tuple[Values, Denominators, Values], gradient: Heads
     ) -> Tensor:
         """Fill in the gradient of q; the gradient of the state, transposed."""
+        self.allocate_for_backward()
         matrix = self.matrix(summary.reference)
         assert summary.state is not None
         transposed, transposed_gradient = _contiguous_transpose(summary.state), self.no_transposed_state()
         for start, stop in self.ranges:
-            products = self.query_products(matrix, start, stop, centre=summary.is_certain, out=self.buffer)
+            products = self.query_products(matrix, start, stop, centre=summary.is_centred, out=self.buffer)
             sums_gradient = self.sums_gradient(output, start, stop)
             products_gradient = self.gradient_of_features(sums_gradient, transposed)
             self.feature_map.activate_with_gradient(products, products_gradient)
@@ -205,9 +213,11 @@ class _PieceWork(BlockWork):
             self.piece.put(gradient, start, stop, self.by_segment(self.pull_back(products_gradient)))
         return transposed_gradient
 
-    def _differentiate_keys(
-        self, reference: Reference | None, transposed_gradient: Tensor, gradients: tuple[Heads, Heads, Values]
+    def differentiate_keys(
+        self, reference: Reference | None, transposed_gradient: Tensor, gradients: tuple[Heads, Values]
     ) -> None:
+        """Fill in the gradients of k and v, from that of the state."""
+        self.allocate_for_backward()
         matrix = self.matrix(None if reference is None else -reference)
         state_gradient = _contiguous_transpose(transposed_gradient)
         for start, stop in self.ranges:

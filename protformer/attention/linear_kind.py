@@ -11,7 +11,9 @@ from protformer.attention.causal import Past, attend_one_step, attend_to_past, n
 from protformer.attention.feature_maps import FeatureMap
 from protformer.attention.interface import Attention, AttentionWeights, Heads, Segments
 from protformer.attention.linear import attend_to_all
+from protformer.attention.linear_across_ranks import attend_to_all_across_ranks, attend_to_past_across_ranks
 from protformer.attention.random_features import RandomFeatures
+from protformer.attention.sequence_group import SequenceGroup
 from protformer.attention.weights import weights_by_identity
 
 
@@ -23,6 +25,8 @@ class LinearAttention(Attention):
     def __init__(self, *, causal: bool) -> None:
         super().__init__()
         self.causal = causal
+        self.group: SequenceGroup | None = None
+        """The ranks over which windows are split."""
 
     @abstractmethod
     def feature_map(self, head_dim: int, dtype: torch.dtype) -> FeatureMap:
@@ -37,6 +41,9 @@ class LinearAttention(Attention):
 
     def weights(self, q: Heads, k: Heads, segments: Segments) -> AttentionWeights:
         return weights_by_identity(self._attend, q, k, segments)
+
+    def split_over(self, group: SequenceGroup | None) -> None:
+        self.group = group
 
     def redraw(self, step: int) -> None:
         if self.random_features is not None:
@@ -59,5 +66,9 @@ class LinearAttention(Attention):
 
     def _attend(self, q: Heads, k: Heads, v: Values, segments: Segments) -> Values:
         q, k = self.prepare(q, k)
+        feature_map = self.feature_map(q.shape[-1], compute_dtype(q, k, v))
+        if self.group is not None:
+            attend_across = attend_to_past_across_ranks if self.causal else attend_to_all_across_ranks
+            return attend_across(q, k, v, segments, feature_map, self.group)
         attend = attend_to_past if self.causal else attend_to_all
-        return attend(q, k, v, segments, self.feature_map(q.shape[-1], compute_dtype(q, k, v)))
+        return attend(q, k, v, segments, feature_map)

@@ -51,6 +51,10 @@ class Slice:
     def count_residues(self) -> int:
         return self.num_segments * self.num_residues
 
+    def begins(self) -> list[tuple[int, int]]:
+        """(row, position) of the first residue of each segment."""
+        return [(row, self.start) for row in range(self.rows.start, self.rows.stop)]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gather:
@@ -81,6 +85,10 @@ class Gather:
 
     def count_residues(self) -> int:
         return self.total_residues
+
+    def begins(self) -> list[tuple[int, int]]:
+        """(row, position) of the first residue of each segment."""
+        return list(zip(self.rows[:, 0].tolist(), self.positions[:, 0].tolist(), strict=True))
 
 
 Piece: TypeAlias = Slice | Gather

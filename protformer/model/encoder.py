@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from protformer.alphabet import NUM_TOKENS, PAD
 from protformer.attention import build_attention
+from protformer.attention.sequence_group import SequenceGroup
 from protformer.config import ModelConfig
 from protformer.model.rotary import positions_in_segments, rotary_angles, rotate
 
@@ -50,6 +51,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer=layer, seed=seed) for layer in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
+        self.group: SequenceGroup | None = None
 
     def forward(
         self,
@@ -91,8 +93,22 @@ class Encoder(nn.Module):
             assert isinstance(block, Block)
             block.attention.redraw(step)
 
+    def split_over(self, group: SequenceGroup | None) -> None:
+        """From now on, rows are slices of windows whose other slices are on the other ranks of a group; None ends it.
+
+        Raises ConfigError if the kind of attention cannot do this.
+        """
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attention.split_over(group)
+        self.group = group
+
     def _embed(self, tokens: Tensor, segments: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        angles = rotary_angles(positions_in_segments(segments), self.config.head_dim)
+        positions = positions_in_segments(segments)
+        if self.group is not None:
+            window = self.group.window(segments)
+            positions = positions + torch.where(window.came_before > 0, window.offsets[:, None], 0)
+        angles = rotary_angles(positions, self.config.head_dim)
         return self.dropout(self.embedding(tokens)), angles
 
 

@@ -1,0 +1,152 @@
+"""One rank of `test_context_parallel`: attention and a model on slices of windows, beside the same on whole windows.
+
+Run as `python split_attention_rank.py RANK NUM_RANKS FOLDER`. Writes to FOLDER/RANK.json the relative errors of its
+slices' outputs and gradients, by case. Groups are all ranks, and the first and the second half of them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jaxtyping
+
+jaxtyping.install_import_hook("protformer", "beartype.beartype")
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from protformer.attention import build_attention
+from protformer.attention.sequence_group import SequenceGroup
+from protformer.config import AttentionConfig, FavorConfig, GeneralizedConfig, ModelConfig
+from protformer.model.masked_lm_head import ProteinLanguageModel
+
+CONFIGS: dict[str, AttentionConfig] = {
+    "hyperbolic": FavorConfig(num_features=24),
+    "positive": FavorConfig(num_features=24, features="positive", row_norms="chi"),
+    "favor++": FavorConfig(num_features=24, features="favor++", row_norms="chi", rescale=True),
+    "scaled": FavorConfig(num_features=24, rescale=True, covariance="diagonal"),
+    "relu": GeneralizedConfig(num_features=24),
+    "exp": GeneralizedConfig(num_features=24, function="exp", projection="iid"),
+    "none": GeneralizedConfig(projection="none", function="elu_plus_one"),
+}
+LENGTH = 301
+
+
+def layouts() -> dict[str, Tensor]:
+    """Segments of two rows each; slices of 2 ranks meet at 151, of 4 at 76, 151, 226."""
+
+    def row(*lengths: int, padding: int = 0) -> Tensor:
+        ids = torch.arange(1, len(lengths) + 1).repeat_interleave(torch.tensor(lengths))
+        return torch.cat([ids, torch.zeros(padding, dtype=torch.int64)])
+
+    return {
+        "attend": torch.ones(2, LENGTH, dtype=torch.int64),
+        "padded": torch.stack([row(LENGTH), row(160, padding=141)]),
+        "isolate": torch.stack([row(100, 1, 130, 60, 10), row(20, 56, 75, 75, 75)]),
+        "isolate, padded": torch.stack([row(10, 200, padding=91), row(150, 2, 149)]),
+        "on one rank each": torch.stack([row(76, 75, 75, 75), row(76, 75, padding=150)]),
+    }
+
+
+def main(rank: int, num_ranks: int, folder: Path) -> None:
+    store = dist.FileStore(str(folder / "store"), num_ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    half = num_ranks // 2
+    halves = [dist.new_group(range(half)), dist.new_group(range(half, num_ranks))]
+    groups = {f"{num_ranks} ranks": dist.group.WORLD, f"{half} ranks": halves[rank // half]}
+    errors: dict[str, float] = {}
+    for group_name, ranks in groups.items():
+        group = SequenceGroup(ranks)
+        for name in CONFIGS:
+            for causal in (False, True):
+                for layout, segments in layouts().items():
+                    for dtype in (torch.float32, torch.float64):
+                        case = f"{group_name}, {name}, {'causal' if causal else 'bidirectional'}, {layout}, {dtype}"
+                        errors[case] = attention_error(group, CONFIGS[name], causal, segments, dtype)
+                segments = layouts()["attend"]
+                case = f"{group_name}, {name}, {'causal' if causal else 'bidirectional'}, large, {torch.float64}"
+                errors[case] = attention_error(group, CONFIGS[name], causal, segments, torch.float64, growth=30.0)
+        for direction in ("bidirectional", "unidirectional"):
+            for layout, segments in layouts().items():
+                errors[f"{group_name}, model, {direction}, {layout}"] = model_error(group, direction, segments)
+    (folder / f"{rank}.json").write_text(json.dumps(errors))
+    dist.destroy_process_group()
+
+
+def attention_error(
+    group: SequenceGroup, config: AttentionConfig, causal: bool, segments: Tensor, dtype: torch.dtype, growth: float = 1
+) -> float:
+    """Of the output, of the gradients of q, k, v and parameters: the largest relative error. Keys may grow along."""
+    attention = build_attention(config, head_dim=8, num_heads=2, causal=causal, seed=0, layer=0).eval()
+    generator = torch.Generator().manual_seed(1)
+    for key, buffer in attention.named_buffers():
+        if key == "moments.average":
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.1)
+    q, k, v, direction = torch.randn(4, 2, 2, LENGTH, 8, generator=generator, dtype=torch.float64)
+    k = k * torch.linspace(1, growth, LENGTH, dtype=torch.float64)[:, None]
+    whole = [q, k, v, direction]
+    mine = slice_of(group, LENGTH)
+    results = []
+    for split in (None, group):
+        part = slice(None) if split is None else mine
+        attention.split_over(split)
+        x = [tensor[:, :, part].to(dtype).contiguous().requires_grad_() for tensor in whole]
+        output = attention(*x[:3], segments[:, part].contiguous())
+        parameters = list(attention.parameters())
+        gradients = list(torch.autograd.grad(output, [*x[:3], *parameters], x[3].detach()))
+        if split is None:
+            found = [tensor[:, :, mine] for tensor in (output, *gradients[:3])]
+        else:
+            found = [output, *gradients[:3]]
+        found += [gradient if split is None else split.total(gradient) for gradient in gradients[3:]]
+        results.append(found)
+    return largest_error(*results)
+
+
+def model_error(group: SequenceGroup, direction: str, segments: Tensor) -> float:
+    """Of the hidden states, and of the gradients of all weights summed over ranks."""
+    config = ModelConfig(
+        num_layers=2, num_heads=2, hidden_size=32, feed_forward_size=64, direction=direction,
+        attention=FavorConfig(num_features=24),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = ProteinLanguageModel(config, seed=0)
+    tokens = torch.randint(4, 24, segments.shape, generator=torch.Generator().manual_seed(2))
+    mine = slice_of(group, LENGTH)
+    results = []
+    for split in (None, group):
+        part = slice(None) if split is None else mine
+        model.encoder.split_over(split)
+        model.zero_grad()
+        hidden = model.encoder(tokens[:, part].contiguous(), segments[:, part].contiguous()).hidden
+        residues = segments[:, part] > 0
+        torch.nn.functional.cross_entropy(
+            model.logits(hidden[residues]), tokens[:, part][residues], reduction="sum"
+        ).backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        if split is None:
+            results.append([hidden[:, mine].detach(), *gradients])
+        else:
+            results.append([hidden.detach(), *(split.total(gradient) for gradient in gradients)])
+    return largest_error(*results)
+
+
+def slice_of(group: SequenceGroup, length: int) -> slice:
+    bounds = [0, *torch.arange(length).tensor_split(group.size)]
+    start = sum(len(part) for part in bounds[1 : group.rank + 1])
+    return slice(start, start + len(bounds[group.rank + 1]))
+
+
+def largest_error(expected: list[Tensor], found: list[Tensor]) -> float:
+    """|found - expected| / |expected| in the Euclidean norm; a NaN counts as infinite."""
+    errors = []
+    for wanted, got in zip(expected, found, strict=True):
+        norm = float(wanted.double().norm())
+        error = float((got.double() - wanted.double()).norm())
+        errors.append(error / norm if norm > 0 else error)
+    return max(error if error == error else float("inf") for error in errors)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
