@@ -4,11 +4,14 @@ Features are computed into buffers that every block uses again, so that they sta
 remembered.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from protformer.attention.feature_maps import Block, FeatureMap, Reference
+from protformer.attention.feature_maps import Block, FeatureMap, InputsGradient, Reference
 from protformer.attention.interface import Heads
 from protformer.attention.pieces import Piece
 
@@ -68,8 +71,26 @@ class BlockWork:
     def no_transposed_state(self) -> Float[Tensor, "row channel feature"]:
         return self.buffer.new_zeros((self.num_rows, self.values.shape[2], self.buffer.shape[2]))
 
-    def pull_back(self, products_gradient: Block) -> Tensor:
-        return self.feature_map.pull_back(products_gradient, self.inputs_gradient[:, : products_gradient.shape[1]])
+    def put(
+        self,
+        x: Float[Tensor, "batch head residue channel"],
+        start: int,
+        stop: int,
+        buffer: BlockSums,
+        compute: Callable[[BlockSums], object],
+    ) -> None:
+        """Let `compute` fill the block's place in x, or a buffer that is then copied to it."""
+        place = self.piece.view(x, start, stop) if x.dtype == buffer.dtype else None
+        if place is None:
+            part = buffer[:, : stop - start]
+            compute(part)
+            self.piece.put(x, start, stop, self.by_segment(part))
+        else:
+            compute(place)
+
+    def put_query_gradients(self, gradient: Heads, products_gradient: Block, start: int, stop: int) -> None:
+        """What |q|^2 and a query's own reference give is zero: they cancel in the quotient."""
+        self.put(gradient, start, stop, self.inputs_gradient, partial(self.feature_map.pull_back, products_gradient))
 
     def matrix(self, reference: Reference | None) -> Tensor | None:
         return self.feature_map.matrix(reference, self.num_rows)
@@ -120,19 +141,19 @@ class BlockWork:
         return x.view(self.piece.num_segments, self.num_heads, *x.shape[1:])
 
     def put_key_gradients(
-        self,
-        gradients: tuple[Heads, Values],
-        products_gradient: Block,
-        values_gradient: BlockSums,
-        start: int,
-        stop: int,
+        self, gradient: Heads, products_gradient: Block, values_gradient: BlockSums | None, start: int, stop: int
     ) -> None:
-        """Those of keys and values, from those of the block's products and of [V, 1]."""
-        self.piece.put(gradients[1], start, stop, self.by_segment(values_gradient[..., :-1]))
-        gradient = self.pull_back(products_gradient)
+        """`values_gradient` is that of [V, 1], if there is a norm factor; it is used up."""
+        of_norm = None
         if self.feature_map.norm_factor:
+            assert values_gradient is not None
             # The sum over features of products_gradient, from arrays that are smaller.
             of_norm = values_gradient.mul_(self.values[:, : stop - start]).sum(dim=-1, keepdim=True)
-            k = self.key_inputs[:, : stop - start, : gradient.shape[2]]
-            gradient.addcmul_(of_norm, k, value=-2 * self.feature_map.norm_factor)
-        self.piece.put(gradients[0], start, stop, self.by_segment(gradient))
+
+        def compute(out: InputsGradient) -> None:
+            self.feature_map.pull_back(products_gradient, out)
+            if of_norm is not None:
+                k = self.key_inputs[:, : stop - start, : out.shape[2]]
+                out.addcmul_(of_norm, k, value=-2 * self.feature_map.norm_factor)
+
+        self.put(gradient, start, stop, self.inputs_gradient, compute)

@@ -249,7 +249,7 @@ class _CausalWork(BlockWork):
             products_gradient = self.gradient_of_features(sums_gradient, state.transpose(1, 2))
             products_gradient.baddbmm_(self._pairs_gradient(sums_gradient, values), key_features)
             self.feature_map.activate_with_gradient(products, products_gradient)
-            self.piece.put(gradient, start, stop, self.by_segment(self.pull_back(products_gradient)))
+            self.put_query_gradients(gradient, products_gradient, start, stop)
             state.baddbmm_(key_features.transpose(1, 2), values)
         return careful_states
 
@@ -280,7 +280,8 @@ class _CausalWork(BlockWork):
             values_gradient = torch.bmm(key_features, state_gradient).baddbmm_(pairs.transpose(1, 2), sums_gradient)
             self.feature_map.activate_with_gradient(products, products_gradient)
             state_gradient.baddbmm_(query_features.transpose(1, 2), sums_gradient)
-            self.put_key_gradients(gradients[1:], products_gradient, values_gradient, start, stop)
+            self.piece.put(gradients[2], start, stop, self.by_segment(values_gradient[..., :-1]))
+            self.put_key_gradients(gradients[1], products_gradient, values_gradient, start, stop)
         return state_gradient
 
     def _first_state(self) -> State:

@@ -201,5 +201,5 @@ class PointwiseMap(FeatureMap):
 
     def pull_back(self, gradient: Block, out: InputsGradient) -> InputsGradient:
         if self.weight is None:
-            return gradient
+            return out.copy_(gradient)
         return torch.bmm(gradient, self.weight.expand(len(gradient), -1, -1), out=out)

@@ -191,9 +191,9 @@ class PieceWork(BlockWork):
         for start, stop in self.ranges:
             products = self.query_products(matrix, start, stop, centre=summary.is_centred, out=self.buffer)
             sums = torch.bmm(self.feature_map.activate(products), summary.state, out=self.sums[:, : stop - start])
-            numerator, denominator = self.by_segment(sums[..., :-1]), self.by_segment(sums[..., -1:])
-            self.piece.put(output, start, stop, numerator.div_(denominator))
-            self.piece.put(denominators, start, stop, denominator)
+            numerator, denominator = sums[..., :-1], sums[..., -1:]
+            self.piece.put(denominators, start, stop, self.by_segment(denominator))
+            self.put(output, start, stop, self.sums[..., :-1], partial(_divide, numerator, denominator))
 
     def differentiate_queries(
         self, summary: Summary, output: tuple[Values, Denominators, Values], gradient: Heads
@@ -209,8 +209,7 @@ class PieceWork(BlockWork):
             products_gradient = self.gradient_of_features(sums_gradient, transposed)
             self.feature_map.activate_with_gradient(products, products_gradient)
             transposed_gradient.baddbmm_(sums_gradient.transpose(1, 2), products)
-            # What |q|^2 and a query's own reference give is zero: they cancel in the quotient.
-            self.piece.put(gradient, start, stop, self.by_segment(self.pull_back(products_gradient)))
+            self.put_query_gradients(gradient, products_gradient, start, stop)
         return transposed_gradient
 
     def differentiate_keys(
@@ -219,13 +218,28 @@ class PieceWork(BlockWork):
         """Fill in the gradients of k and v, from that of the state."""
         self.allocate_for_backward()
         matrix = self.matrix(None if reference is None else -reference)
-        state_gradient = _contiguous_transpose(transposed_gradient)
+        needs_last_column = bool(self.feature_map.norm_factor)
+        num_columns = transposed_gradient.shape[1] - (not needs_last_column)
+        state_gradient = _contiguous_transpose(transposed_gradient[:, :num_columns])
         for start, stop in self.ranges:
             products, values = self.key_products(matrix, start, stop), self.load_values(start, stop)
             products_gradient = self.gradient_of_features(values, transposed_gradient)
             self.feature_map.activate_with_gradient(products, products_gradient)
-            values_gradient = torch.bmm(products, state_gradient, out=self.sums[:, : stop - start])
-            self.put_key_gradients(gradients, products_gradient, values_gradient, start, stop)
+            values_gradient = None
+            if needs_last_column:
+                values_gradient = torch.bmm(products, state_gradient, out=self.sums[:, : stop - start])
+                self.piece.put(gradients[1], start, stop, self.by_segment(values_gradient[..., :-1]))
+            else:
+                self.put(gradients[1], start, stop, self.sums[..., :-1], partial(_multiply, products, state_gradient))
+            self.put_key_gradients(gradients[0], products_gradient, values_gradient, start, stop)
+
+
+def _divide(numerator: Tensor, denominator: Tensor, out: Tensor) -> None:
+    torch.div(numerator, denominator, out=out)
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    torch.bmm(left, right, out=out)
 
 
 def _contiguous_transpose(state: Tensor) -> Tensor:

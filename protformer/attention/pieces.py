@@ -45,6 +45,12 @@ class Slice:
         """The inverse of `take`."""
         self.take(x, start, stop).copy_(part)
 
+    def view(
+        self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int
+    ) -> Float[Tensor, "row place channel"] | None:
+        """What `take` gives, one row for each head of each segment, if that can be had without a copy."""
+        return self.take(x, start, stop)[0] if self.num_segments == 1 else None
+
     def mask(self, start: int, stop: int) -> None:
         """Every place holds a residue."""
 
@@ -78,6 +84,9 @@ class Gather:
         x.transpose(1, 2)[self.rows.expand_as(positions)[mask], positions[mask]] = part.transpose(1, 2)[mask].to(
             x.dtype
         )
+
+    def view(self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int) -> None:
+        """There is none."""
 
     def mask(self, start: int, stop: int) -> Bool[Tensor, "segment 1 place 1"]:
         """False at copies."""
