@@ -151,11 +151,13 @@ class TrainingConfig:
     log_readiness: bool = False
     """At each validation, `readiness.csv` gets a line a layer: could random features estimate its attention?"""
     checkpoint_every_steps: int = 500
+    max_skipped_steps: int = 10
+    """A step without a finite gradient is left out and counted; this many in a row end the run with a diagnosis."""
 
     def __post_init__(self) -> None:
         for name in (
             "max_steps", "tokens_per_step", "accumulate_batches", "validate_every_steps", "log_every_steps",
-            "checkpoint_every_steps",
+            "checkpoint_every_steps", "max_skipped_steps",
         ):  # fmt: skip
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         _require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "0 or more")

@@ -3,9 +3,10 @@
 import torch
 
 from protformer.alphabet import FIRST_RESIDUE, NUM_TOKENS
-from protformer.checkpoint import ModelDescription, save_model
+from protformer.checkpoint import save_model
 from protformer.config import ModelConfig
 from protformer.model.masked_lm_head import ProteinLanguageModel
+from protformer.model_description import ModelDescription
 
 
 def write_model(folder, attention, direction="bidirectional"):

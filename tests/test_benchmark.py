@@ -26,7 +26,7 @@ from protformer.benchmark.measure import Limits, measure
 from protformer.benchmark.memory import TooMuchError, probe
 from protformer.benchmark.timing import alternate
 from protformer.benchmark.workloads import prepare
-from protformer.checkpoint import ModelDescription, save_model
+from protformer.checkpoint import save_model
 from protformer.cli import run
 from protformer.config import ExactConfig, FavorConfig, ModelConfig
 from protformer.decoding import decode
@@ -34,6 +34,7 @@ from protformer.errors import ProtformerError
 from protformer.evaluation.model_readiness import model_readiness
 from protformer.evaluation.readiness import Readiness, measure_readiness
 from protformer.model.masked_lm_head import ProteinLanguageModel
+from protformer.model_description import ModelDescription
 
 CPU = torch.device("cpu")
 CASE = Case(

@@ -7,18 +7,11 @@ import pytest
 import torch
 
 from protformer.alphabet import NUM_TOKENS
-from protformer.checkpoint import (
-    ModelDescription,
-    find_model_folder,
-    load_model,
-    load_tensors,
-    read_description,
-    save_model,
-    save_tensors,
-)
+from protformer.checkpoint import load_model, load_tensors, save_model, save_tensors
 from protformer.config import ExactConfig, FavorConfig, GeneralizedConfig, ModelConfig
 from protformer.errors import InputError, ModelFolderError
 from protformer.model.masked_lm_head import ProteinLanguageModel
+from protformer.model_description import ModelDescription, find_model_folder, read_description
 
 CPU = torch.device("cpu")
 
@@ -141,11 +134,11 @@ def test_a_missing_folder_or_file_is_named(tmp_path):
 
 def test_unigram_frequencies_are_of_residues_only_and_none_is_zero(tmp_path):
     _, description = make(tmp_path / "model")
-    frequencies = description.unigram_frequencies
-    assert frequencies.sum() == pytest.approx(1.0)
+    frequencies = torch.tensor(description.unigram_frequencies)
+    assert float(frequencies.sum()) == pytest.approx(1.0)
     assert (frequencies[4:29] > 0).all()
     assert frequencies[:4].sum() == frequencies[29:].sum() == 0
-    assert frequencies[10] == pytest.approx((10 + 1) / sum(range(5, 30)))
+    assert float(frequencies[10]) == pytest.approx((10 + 1) / sum(range(5, 30)))
 
 
 def test_tensors_are_read_without_unpickling_objects(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protformer.evaluation.figures import plot_contact_map, plot_training_curves
+from protformer.evaluation.figures import ValidationCurve, plot_contact_map, plot_training_curves
 
 TRAIN_STEPS = [float(step) for step in range(10, 510, 10)]
 VAL_STEPS = [float(step) for step in range(100, 600, 100)]
@@ -26,20 +26,26 @@ def draw_map(path, contacts, chain_lengths=None, chain_ids=("sp|P12345|ABCD_ECOL
     return pixels(path)
 
 
-def draw_curves(path, *, num_train=50, num_val=5, baseline=True):
-    val_loss = [2.88 - 0.0005 * step for step in VAL_STEPS[:num_val]]
+def draw_curves(path, *, num_train=50, num_val=5, sets=("validation",), baseline=18.0):
     plot_training_curves(
         train_steps=TRAIN_STEPS[:num_train],
         train_loss=[2.9 - 0.0005 * step for step in TRAIN_STEPS[:num_train]],
-        val_steps=VAL_STEPS[:num_val],
-        val_loss=val_loss,
-        val_perplexity=[float(np.exp(loss)) for loss in val_loss],
-        val_accuracy=[0.06 + step / 10_000 for step in VAL_STEPS[:num_val]],
-        unigram_perplexity=18.0 if baseline else None,
-        unigram_accuracy=0.095 if baseline else None,
+        validation={name: val_curve(num_val, number, baseline) for number, name in enumerate(sets)} if num_val else {},
         path=path,
     )
     return pixels(path)
+
+
+def val_curve(num_val, number, baseline):
+    loss = [2.88 + 0.02 * number - 0.0005 * step for step in VAL_STEPS[:num_val]]
+    return ValidationCurve(
+        steps=VAL_STEPS[:num_val],
+        loss=loss,
+        perplexity=[float(np.exp(x)) for x in loss],
+        accuracy=[0.06 + step / 10_000 for step in VAL_STEPS[:num_val]],
+        unigram_perplexity=baseline,
+        unigram_accuracy=0.095,
+    )
 
 
 def pixels(path):
@@ -128,7 +134,7 @@ def test_a_map_of_any_id_is_drawn_without_a_warning(tmp_path, name):
 @pytest.mark.parametrize("num_val", [0, 5])
 def test_curves_are_a_readable_png_with_and_without_validation(tmp_path, num_train, num_val):
     path = tmp_path / "curves.png"
-    image = draw_curves(path, num_train=num_train, num_val=num_val, baseline=num_val > 0)
+    image = draw_curves(path, num_train=num_train, num_val=num_val)
     height, width, _ = image.shape
     assert 500 <= height <= 2000
     assert 1000 <= width <= 4000
@@ -139,16 +145,24 @@ def test_curves_are_a_readable_png_with_and_without_validation(tmp_path, num_tra
 
 def test_without_validation_no_empty_panels_and_no_validation_curve_are_drawn(tmp_path):
     with_validation = draw_curves(tmp_path / "with.png")
-    without = draw_curves(tmp_path / "without.png", num_val=0, baseline=False)
+    without = draw_curves(tmp_path / "without.png", num_val=0)
     assert without.shape[1] < 0.7 * with_validation.shape[1]
     blue = [int((image[..., 2] - image[..., 0] > 100).sum()) for image in (with_validation, without)]
     assert blue[0] > 1000
     assert blue[1] == 0
 
 
-def test_the_baseline_is_drawn_where_it_is_known(tmp_path):
-    images = [draw_curves(tmp_path / f"{known}.png", baseline=known) for known in (True, False)]
-    assert not np.array_equal(*images)
+def test_the_baseline_is_drawn(tmp_path):
+    assert not np.array_equal(draw_curves(tmp_path / "1.png"), draw_curves(tmp_path / "2.png", baseline=19.0))
+
+
+def test_each_set_has_a_colour_of_its_own(tmp_path):
+    one = draw_curves(tmp_path / "1.png")
+    two = draw_curves(tmp_path / "2.png", sets=("validation", "a_family_whose_name_is_long"))
+    orange = [int((image[..., 0] - image[..., 2] > 100).sum()) for image in (one, two)]
+    assert orange[0] == 0
+    assert orange[1] > 1000
+    assert_nothing_is_cut_off(two)
 
 
 @pytest.mark.parametrize("draw", [lambda path: draw_map(path, random_contacts(5)), draw_curves])
@@ -173,8 +187,7 @@ import protformer.evaluation.figures as figures
 assert "matplotlib" not in sys.modules
 import numpy as np
 figures.plot_contact_map(np.zeros((3, 3), np.float32), chain_lengths=(3,), chain_ids=("a",), title="a", path=PATH / "m")
-none = {name: [] for name in ("train_steps", "train_loss", "val_steps", "val_loss", "val_perplexity", "val_accuracy")}
-figures.plot_training_curves(**none, unigram_perplexity=None, unigram_accuracy=None, path=PATH / "c")
+figures.plot_training_curves(train_steps=[], train_loss=[], validation={}, path=PATH / "c")
 assert "matplotlib" in sys.modules
 print("matplotlib.pyplot" in sys.modules)
 """

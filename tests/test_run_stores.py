@@ -51,7 +51,7 @@ def prepare(tmp_path, fasta, validation=None, *, cache=True, fraction=0.2, name=
     console = Listener()
     stores = prepare_stores(
         [[str(fasta)]],
-        None if validation is None else str(validation),
+        {} if validation is None else {"held_out": str(validation)},
         beside=tmp_path / name,
         cache=tmp_path / "cache" if cache else None,
         fraction=fraction,

@@ -124,7 +124,7 @@ def model(config: str | None, model_path: Path | None, **choices: Any) -> None:
     if model_path is None:
         sizes = load_run_config(config).model
     else:
-        from protformer.checkpoint import read_description
+        from protformer.model_description import read_description
 
         sizes = read_description(model_path).model
     grid = _grid(choices | {"kinds": (*choices["kinds"], IDENTITY)})

@@ -16,8 +16,9 @@ from protformer.cli.options import FilePath, device_option, fasta_option, quiet_
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one field: model.num_layers=12.")
 @click.option(
     "--val-fasta",
-    metavar="FILE",
-    help="Held-out proteins, FASTA or a store; else a share is held out by hash of the sequence.",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="Held-out proteins, FASTA or a store, one set or several; else a share is held out by hash of the sequence.",
 )
 @click.option(
     "--clusters",
@@ -48,7 +49,7 @@ def command(
     out: Path,
     config: str | None,
     overrides: tuple[str, ...],
-    val_fasta: str | None,
+    val_fasta: tuple[str, ...],
     clusters: str | None,
     pairs: str | None,
     cache_dir: Path | None,

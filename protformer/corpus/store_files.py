@@ -164,15 +164,6 @@ def writing(out: Path) -> Iterator[None]:
         raise OutputError(f"{describe_source(out)}: the token store cannot be written: {reason}") from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Return when the names in the folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _open(path: Path, is_new: bool, closing: ExitStack) -> IO[bytes]:
     file = open(path, "wb" if is_new else "rb+")  # noqa: SIM115
     closing.callback(_close, file)

@@ -25,11 +25,11 @@ from protformer.corpus.store_files import (
     TOKENS_FILE,
     StoreCounts,
     StoreFiles,
-    sync_folder,
     writing,
 )
 from protformer.corpus.store_manifest import FORMAT_VERSION, SourceFile, StoreManifest
 from protformer.errors import OutputError
+from protformer.whole_file import sync_folder
 
 
 class TokenStoreWriter:

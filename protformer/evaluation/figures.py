@@ -7,7 +7,8 @@ imported only when a figure is drawn. Files are written under a temporary name a
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,9 @@ _NUM_TICKS = 6
 _TICK_ROOM = 0.05
 """Of the width of a map: nearer to each other, two numbers would overlap."""
 INK = "0.25"
-_TRAIN, _VALIDATION = "#7f8c9b", "#1f5fa8"
+_TRAIN = "#a9b2bd"
+_SETS = ("#1f5fa8", "#d9772b", "#2f8f5b", "#8a4fa3")
+"""Colours of the validation sets, told apart by those who see no red or green too."""
 
 
 def plot_contact_map(
@@ -66,43 +69,63 @@ def plot_contact_map(
     save_figure(figure, path)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationCurve:
+    """Figures of one set of held-out proteins at each validation, and what residue frequencies alone would reach."""
+
+    steps: Sequence[float]
+    loss: Sequence[float]
+    """Nats a masked residue."""
+    perplexity: Sequence[float]
+    accuracy: Sequence[float]
+    """From 0 to 1."""
+    unigram_perplexity: float
+    unigram_accuracy: float
+
+
 def plot_training_curves(
     *,
     train_steps: Sequence[float],
     train_loss: Sequence[float],
-    val_steps: Sequence[float],
-    val_loss: Sequence[float],
-    val_perplexity: Sequence[float],
-    val_accuracy: Sequence[float],
-    unigram_perplexity: float | None,
-    unigram_accuracy: float | None,
+    validation: Mapping[str, ValidationCurve],
     path: Path,
 ) -> None:
-    """Loss in nats, validation perplexity and validation accuracy in [0, 1] against the optimizer step.
+    """Loss, validation perplexity and validation accuracy against the optimizer step, a curve for each set.
 
-    The dashed line is what predicting by residue frequencies alone would reach: a model above it has learnt
+    A dashed line is what predicting by residue frequencies alone would reach on the set: a model above it has learnt
     nothing of the sequence. Without validation the training loss stands alone.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
-    unigram_loss = None if unigram_perplexity is None else math.log(unigram_perplexity)
-    panels = (
-        ("Loss (nats per masked residue)", val_loss, unigram_loss),
-        ("Masked perplexity", val_perplexity, unigram_perplexity),
-        ("Masked accuracy", val_accuracy, unigram_accuracy),
-    )[: 3 if len(val_steps) else 1]
-    figure = Figure(figsize=(3.5 * max(len(panels), 1.5), 3.2), layout="constrained")
-    row = figure.subplots(1, len(panels), sharex=True, squeeze=False)[0]
+    num_panels = 3 if validation else 1
+    figure = Figure(figsize=(3.5 * max(num_panels, 1.5), 3.4), layout="constrained")
+    row = figure.subplots(1, num_panels, sharex=True, squeeze=False)[0]
+    titles = ("Loss (nats a masked residue)", "Masked perplexity", "Masked accuracy")
     _draw_curve(row[0], train_steps, train_loss, _TRAIN, "training")
-    for axes, (name, values, baseline) in zip(row, panels, strict=True):
-        _draw_curve(axes, val_steps, values, _VALIDATION, "validation")
-        if baseline is not None:
-            axes.axhline(baseline, color=INK, linestyle="--", linewidth=1.0, label="unigram baseline")
+    for number, (name, curve) in enumerate(validation.items()):
+        color = _SETS[number % len(_SETS)]
+        panels = (
+            (curve.loss, math.log(curve.unigram_perplexity)),
+            (curve.perplexity, curve.unigram_perplexity),
+            (curve.accuracy, curve.unigram_accuracy),
+        )
+        for axes, (values, baseline) in zip(row, panels, strict=True):
+            _draw_curve(axes, curve.steps, values, color, _shortened(name, _MAX_NAME_LETTERS))
+            axes.axhline(
+                baseline, color=color, linestyle="--", linewidth=1.0, label=None if number else "unigram baseline"
+            )
+    for axes, title in zip(row, titles, strict=False):
         axes.set_xlabel("Optimizer step", color=INK)
-        axes.set_title(name, fontsize=10, color=INK, loc="left")
+        axes.set_title(title, fontsize=10, color=INK, loc="left")
         plain_frame(axes)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    if validation:
+        row[-1].yaxis.set_major_formatter(PercentFormatter(1.0))
+    handles, labels = row[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8, labelcolor=INK
+        )
     save_figure(figure, path)
 
 

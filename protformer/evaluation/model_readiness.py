@@ -71,10 +71,12 @@ def model_readiness(
     ]
 
 
-def random_proteins(frequencies: Tensor, *, count: int, length: int, seed: int) -> list[list[int]]:
+def random_proteins(frequencies: Sequence[float], *, count: int, length: int, seed: int) -> list[list[int]]:
     """Residues drawn one by one from these frequencies of the 33 tokens: for a model without a file of proteins."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.multinomial(frequencies, count * length, replacement=True, generator=generator)
+    drawn = torch.multinomial(
+        torch.tensor(frequencies, dtype=torch.float64), count * length, replacement=True, generator=generator
+    )
     proteins: list[list[int]] = drawn.view(count, length).tolist()
     return proteins
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from protformer.checkpoint import CONFIG_FILE, read_description
 from protformer.config import load_run_config
 from protformer.corpus.split_manifest import SPLIT_FILE, read_split_manifest
 from protformer.corpus.token_store import MANIFEST_FILE, TokenStore
 from protformer.errors import InputError
 from protformer.inference.embedding_writers import SUFFIXES
+from protformer.model_description import CONFIG_FILE, read_description
 
 Facts = dict[str, object]
 

@@ -6,6 +6,8 @@ In: a session and records. Out: a flat mapping of names to numbers, for a table 
 from collections.abc import Iterable
 from typing import Literal
 
+import torch
+
 from protformer.config import MaskingConfig
 from protformer.corpus.evaluation_rows import EVALUATION_RATE
 from protformer.corpus.fasta import SequenceRecord
@@ -43,7 +45,7 @@ def score_masked_lm(
         scores = evaluate_masked_lm(
             session.model,
             batches,
-            session.description.unigram_frequencies,
+            torch.tensor(session.description.unigram_frequencies, dtype=torch.float64),
             copying=None if scheme is None else _copying_shares(scheme),
         )
     if scores is None:

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from protformer import __version__
-from protformer.checkpoint import WEIGHTS_FILE, ModelDescription, find_model_folder, load_model
+from protformer.checkpoint import load_model
 from protformer.device import choose_device, choose_precision
 from protformer.model.masked_lm_head import ProteinLanguageModel
+from protformer.model_description import WEIGHTS_FILE, ModelDescription, find_model_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,27 +4,24 @@ In: the trainer's hooks. Out: files of the run folder and lines on stderr. Every
 optimizer step, so that all state is that of a whole number of steps.
 """
 
-import csv
-import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from protformer.device import peak_memory_gb
 from protformer.errors import InputError
-from protformer.evaluation.masked_lm import MaskedLmScores
 from protformer.training.datamodule import ProteinDataModule, TrainingBatch
 from protformer.training.masked_lm import MaskedLmTask
-from protformer.training.run_folder import METRIC_FIELDS, RunFolder, keep_metrics_until, write_whole
+from protformer.training.metrics_log import MetricsLog
+from protformer.training.run_folder import RunFolder
+from protformer.whole_file import write_whole
 
 PLAIN_LINE_SECONDS = 30.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -80,102 +77,18 @@ class ConsumedPosition(pl.Callback):
         self.datamodule.consumed(batch)
 
 
-class MetricsLog(pl.Callback):
-    """Collects sums, validates on schedule, and appends rows to `metrics.csv`."""
-
-    def __init__(
-        self,
-        run: RunFolder,
-        *,
-        log_every_steps: int,
-        validate_every_steps: int,
-        validate: Callable[[pl.Trainer, MaskedLmTask], MaskedLmScores | None],
-        redraw_curves: Callable[[Path], None],
-    ) -> None:
-        self.run, self.validate, self.redraw_curves = run, validate, redraw_curves
-        self.log_every_steps, self.validate_every_steps = log_every_steps, validate_every_steps
-        self.loss_sum = 0.0
-        self.num_asked = 0
-        self.tokens_seen = 0
-        self.residues_seen = 0
-        self.validated_step = -1
-        self.latest: dict[str, Any] = {}
-        """The last row, for the progress line."""
-        self.scores: MaskedLmScores | None = None
-        self._tokens_in_interval, self._interval_start = 0, 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        names = ("loss_sum", "num_asked", "tokens_seen", "residues_seen")
-        return {name: getattr(self, name) for name in names}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, value in state_dict.items():
-            setattr(self, name, value)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._interval_start = time.monotonic()
-        if trainer.is_global_zero:
-            keep_metrics_until(self.run.metrics, trainer.global_step)
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: TrainingBatch,
-        batch_idx: int,
-    ) -> None:
-        assert isinstance(pl_module, MaskedLmTask)
-        loss_sum = float(pl_module.last_loss_sum)
-        if not math.isfinite(loss_sum):
-            raise _diverged(trainer, "the loss")
-        self.loss_sum += loss_sum
-        self.num_asked += batch.num_asked
-        self.tokens_seen += batch.num_tokens * trainer.world_size
-        self.residues_seen += batch.num_residues * trainer.world_size
-        self._tokens_in_interval += batch.num_tokens * trainer.world_size
-        if batch.number % trainer.accumulate_grad_batches:
-            return
-        step = trainer.global_step
-        validates = step % self.validate_every_steps == 0
-        if validates or step % self.log_every_steps == 0:
-            self._write_row(trainer, pl_module, validates=validates)
-
-    def finish(self, trainer: pl.Trainer, task: MaskedLmTask) -> None:
-        """Validate at the very end, unless the last step did."""
-        if self.validated_step != trainer.global_step:
-            self._write_row(trainer, task, validates=True)
-
-    def _write_row(self, trainer: pl.Trainer, task: MaskedLmTask, *, validates: bool) -> None:
-        seconds = time.monotonic() - self._interval_start
-        row: dict[str, Any] = {
-            "step": trainer.global_step,
-            "tokens": self.tokens_seen,
-            "train_loss": self.loss_sum / self.num_asked if self.num_asked else "",
-            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            "tokens_per_second": round(self._tokens_in_interval / seconds) if self._tokens_in_interval else "",
-            "peak_memory_gb": round(peak_memory_gb(task.device), 3),
-        }
-        if validates:
-            self.validated_step = trainer.global_step
-            self.scores = self.validate(trainer, task) or self.scores
-            row |= _validation_fields(self.scores)
-        self.latest = self.latest | {name: value for name, value in row.items() if value != ""}
-        if trainer.is_global_zero:
-            with self.run.metrics.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, METRIC_FIELDS, restval="").writerow(row)
-            if validates:
-                self.redraw_curves(self.run.curves)
-        self.loss_sum, self.num_asked, self._tokens_in_interval = 0.0, 0, 0
-        self._interval_start = time.monotonic()
-
-
 class Checkpointing(StepCallback):
     """Writes `last.ckpt`, whole or not at all, and the model folder beside it."""
 
     def __init__(self, run: RunFolder, *, every_steps: int, save_model: Callable[[MaskedLmTask, int], None]) -> None:
         self.run, self.every_steps, self.save_model = run, every_steps, save_model
         self.saved_step = -1
+        self.saved_time: float | None = None
+        """Of the last checkpoint, in seconds since 1970."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.run.checkpoint.exists():
+            self.saved_step, self.saved_time = trainer.global_step, self.run.checkpoint.stat().st_mtime
 
     def after_step(self, trainer: pl.Trainer, task: MaskedLmTask, step: int) -> None:
         if step % self.every_steps == 0:
@@ -185,11 +98,15 @@ class Checkpointing(StepCallback):
         """Save now, unless this step is saved already."""
         if self.saved_step == trainer.global_step:
             return
-        if not all(bool(parameter.isfinite().all()) for parameter in task.parameters()):
-            raise _diverged(trainer, "a weight")
+        if not weights_are_finite(task):
+            raise InputError(
+                f"step {trainer.global_step}: a weight is not finite, the run has diverged; the last checkpoint before"
+                f" is kept; begin another run with a lower training.learning_rate"
+            )
         self.saved_step = trainer.global_step
         if trainer.is_global_zero:
             write_whole(self.run.checkpoint, trainer.save_checkpoint)
+            self.saved_time = time.time()
             self.save_model(task, trainer.global_step)
         else:
             trainer.save_checkpoint(self.run.checkpoint)  # meets the others at a barrier, and writes nothing
@@ -217,6 +134,7 @@ class StopRequest(StepCallback):
         """Lightning has put its own handler in front by now, which would leave with code 0 and save nothing."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._request)
+        trainer._signal_connector.received_sigterm = False  # one that came since then is noted here, too
 
     def after_step(self, trainer: pl.Trainer, task: MaskedLmTask, step: int) -> None:
         out_of_time = self.deadline is not None and time.monotonic() >= self.deadline
@@ -238,29 +156,26 @@ class Progress(StepCallback):
     def __init__(self, metrics: MetricsLog, *, max_steps: int) -> None:
         self.metrics, self.max_steps = metrics, max_steps
         self._bar: Any = None
-        self._start = self._last_line = 0.0
-        self._start_step = self._start_residues = 0
+        self._last_line = 0.0
+        self._steps_done = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start = self._last_line = time.monotonic()
-        self._start_step, self._start_residues = trainer.global_step, self.metrics.residues_seen
+        self._last_line = time.monotonic()
         if trainer.is_global_zero and sys.stderr.isatty():
             self._bar = _open_bar(self.max_steps, trainer.global_step)
 
     def after_step(self, trainer: pl.Trainer, task: MaskedLmTask, step: int) -> None:
         if not trainer.is_global_zero:
             return
+        self._steps_done += 1
+        left = (self.max_steps - step) / self._steps_done * self.metrics.sitting_seconds
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, figures=self._figures(now))
+            self._bar.update(self._bar.task_ids[0], completed=step, figures=self._figures(), left=_as_time(left))
         elif now - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = now
-            left = (self.max_steps - step) * (now - self._start) / max(1, step - self._start_step)
-            print(
-                f"step {step}/{self.max_steps}  {self._figures(now)}  {left / 60:.0f} min left",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"step {step}/{self.max_steps}  {self._figures()}  {_as_time(left)} left"
+            print(line, file=sys.stderr, flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.close()
@@ -273,41 +188,30 @@ class Progress(StepCallback):
             self._bar.stop()
             self._bar = None
 
-    def _figures(self, now: float) -> str:
-        rate = (self.metrics.residues_seen - self._start_residues) / max(1e-9, now - self._start)
-        latest = self.metrics.latest
-        parts = [f"{rate:,.0f} residues/s"]
-        if self.metrics.num_asked:
-            parts.append(f"loss {self.metrics.loss_sum / self.metrics.num_asked:.4f}")
-        elif "train_loss" in latest:
-            parts.append(f"loss {latest['train_loss']:.4f}")
+    def _figures(self) -> str:
+        loss, latest = self.metrics.train_loss, self.metrics.latest
+        parts = [f"{self.metrics.residues_per_second:,.0f} residues/s"]
+        if loss is not None:
+            parts.append(f"loss {loss:.4f}")
         if "val_perplexity" in latest:
             parts.append(f"val perplexity {latest['val_perplexity']:.2f}, accuracy {latest['val_accuracy']:.1%}")
+        if skipped := self.metrics.gradients.skipped_steps:
+            parts.append(f"{skipped} steps skipped")
         return "  ".join(parts)
 
 
-def _diverged(trainer: pl.Trainer, what: str) -> InputError:
-    return InputError(
-        f"step {trainer.global_step}: {what} is not finite, the run has diverged; the last checkpoint before is kept;"
-        f" begin another run with a lower training.learning_rate"
-    )
+def weights_are_finite(task: MaskedLmTask) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in task.parameters())
 
 
-def _validation_fields(scores: MaskedLmScores | None) -> dict[str, float]:
-    if scores is None:
-        return {}
-    return {
-        "val_loss": scores.loss,
-        "val_perplexity": scores.perplexity,
-        "val_accuracy": scores.accuracy,
-        "unigram_perplexity": scores.baseline_perplexity,
-        "unigram_accuracy": scores.baseline_accuracy,
-    }
+def _as_time(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s"
 
 
 def _open_bar(max_steps: int, step: int) -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as RichProgress
 
     bar = RichProgress(
@@ -315,9 +219,9 @@ def _open_bar(max_steps: int, step: int) -> Any:
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]} left"),
         console=Console(stderr=True),
     )
-    bar.add_task("training", total=max_steps, completed=step, figures="")
+    bar.add_task("training", total=max_steps, completed=step, figures="", left="?")
     bar.start()
     return bar

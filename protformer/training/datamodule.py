@@ -4,7 +4,8 @@ In: a corpus, perhaps validation stores, and the run's configuration. Out: `Trai
 position behind it. What was consumed, not what was prefetched, is the state that a checkpoint keeps.
 """
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
@@ -47,11 +48,16 @@ class ProteinDataModule(pl.LightningDataModule):
     """Feeds one rank from the token stores."""
 
     def __init__(
-        self, corpus: Corpus, validation_stores: Sequence[TokenStore], config: RunConfig, *, batch_rows: int
+        self,
+        corpus: Corpus,
+        validation_sets: Mapping[str, Sequence[TokenStore]],
+        config: RunConfig,
+        *,
+        batch_rows: int,
     ) -> None:
         """`batch_rows` is the number of rows a device works off at once."""
         super().__init__()
-        self.corpus, self.validation_stores = corpus, tuple(validation_stores)
+        self.corpus, self.validation_sets = corpus, validation_sets
         self.config = config
         self.batch_rows = batch_rows
         self.position = SamplerPosition()
@@ -77,14 +83,15 @@ class ProteinDataModule(pl.LightningDataModule):
             batch_size=None,
             num_workers=int(on_gpu) if num_workers is None else num_workers,
             pin_memory=on_gpu,
+            worker_init_fn=_leave_stopping_to_the_parent,
         )
 
-    def validation_batches(self, *, rank: int, num_ranks: int) -> Iterator[MaskedBatch]:
-        """Each held-out protein alone, MASK at every selected position.
+    def validation_batches(self, name: str, *, rank: int, num_ranks: int) -> Iterator[MaskedBatch]:
+        """Each held-out protein of this set alone, MASK at every selected position.
 
         Of more than data.max_validation_residues tokens, every k-th protein, k the least that keeps near them.
         """
-        stores = self.validation_stores
+        stores = self.validation_sets[name]
         total = sum(store.num_tokens for store in stores)
         every = max(1, -(-total // self.config.data.max_validation_residues))
         rows = evaluation_rows(
@@ -158,6 +165,12 @@ class BatchStream(IterableDataset[TrainingBatch]):
             num_asked=int((stacked.targets != IGNORE).sum()),
             after=position_behind(plans[-1], num_ranks=self.num_ranks),
         )
+
+
+def _leave_stopping_to_the_parent(worker: int) -> None:
+    """Ctrl-C, and SLURM's signals, reach all processes of a job: one that ended now would fail the last steps."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def to_masked_batch(rows: MaskedRow) -> MaskedBatch:

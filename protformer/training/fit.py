@@ -11,35 +11,39 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from protformer.checkpoint import ModelDescription, TrainingProvenance, save_model
+from protformer.checkpoint import save_model
 from protformer.config import RunConfig, TrainingConfig, parse_duration
 from protformer.corpus.cluster_members import ClusterMembers
 from protformer.corpus.interacting_pairs import InteractingPairs
 from protformer.corpus.sampling import Corpus
 from protformer.corpus.token_store import TokenStore
-from protformer.device import choose_device, choose_precision, make_deterministic
+from protformer.device import choose_device, choose_precision, make_deterministic, peak_memory_gb
 from protformer.errors import ConfigError, InputError, InterruptedRunError
-from protformer.evaluation.figures import plot_training_curves
 from protformer.evaluation.masked_lm import MaskedLmScores, evaluate_masked_lm
 from protformer.model.masked_lm_head import ProteinLanguageModel
+from protformer.model_description import ModelDescription, TrainingProvenance
 from protformer.training.callbacks import (
     Checkpointing,
     ConsumedPosition,
-    MetricsLog,
     Progress,
     StepRandomness,
     StopRequest,
 )
+from protformer.training.curves import draw_curves
 from protformer.training.datamodule import ProteinDataModule
 from protformer.training.masked_lm import MaskedLmTask
+from protformer.training.metrics_log import MetricsLog
+from protformer.training.nonfinite import NonFiniteSteps
 from protformer.training.readiness_log import MAX_PROTEINS, ReadinessLog
-from protformer.training.run_folder import RunFolder, StorePaths, read_metrics
+from protformer.training.run_folder import RunFolder, StorePaths
+from protformer.training.status_file import StatusFile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,8 +55,15 @@ class RunSummary:
     residues_seen: int
     fill_rate: float
     """Share of the places in rows that held tokens, not padding."""
-    scores: MaskedLmScores | None
-    """On the held-out proteins, MASK at every selected position; None if nothing is held out."""
+    scores: dict[str, MaskedLmScores]
+    """On each set of held-out proteins, MASK at every selected position; empty if nothing is held out."""
+    skipped_steps: int
+    """Left out for want of a finite gradient."""
+    seconds: float
+    """Of training and validation, over all sittings."""
+    residues_per_second: float
+    """In this sitting; 0 if it made no step."""
+    peak_memory_gb: float
     model_folder: Path
 
 
@@ -74,13 +85,13 @@ def train(
     precision = choose_precision(config.training.precision, torch_device)
     batch_rows = rows_per_batch(config, num_ranks=devices * num_nodes)
     make_deterministic()
-    corpus, validation_stores = open_corpus(run.load_stores())
+    corpus, validation_sets = open_corpus(run.load_stores())
     counts = _residue_counts(corpus)
     torch.manual_seed(config.seed)
     model = ProteinLanguageModel(config.model, seed=config.seed)
     model.start_from_counts(counts)
     task = MaskedLmTask(model, config.training)
-    datamodule = ProteinDataModule(corpus, validation_stores, config, batch_rows=batch_rows)
+    datamodule = ProteinDataModule(corpus, validation_sets, config, batch_rows=batch_rows)
     callbacks = _build_callbacks(
         config, run, datamodule, describe=partial(_describe, config, corpus, counts), quiet=quiet
     )
@@ -98,6 +109,8 @@ def train(
             callbacks.checkpointing.save(trainer, task)
             if callbacks.stop.signal_name is None:
                 callbacks.metrics.finish(trainer, task)
+            callbacks.metrics.close()
+            callbacks.status.write(trainer)
     if callbacks.stop.signal_name is not None:
         raise InterruptedRunError(
             f"stopped by {callbacks.stop.signal_name} after step {trainer.global_step}; the state is saved in"
@@ -110,6 +123,10 @@ def train(
         residues_seen=metrics.residues_seen,
         fill_rate=metrics.tokens_seen / (trainer.global_step * config.training.tokens_per_step),
         scores=metrics.scores,
+        skipped_steps=metrics.gradients.skipped_steps,
+        seconds=metrics.seconds_trained,
+        residues_per_second=metrics.residues_per_second,
+        peak_memory_gb=peak_memory_gb(torch_device),
         model_folder=run.model,
     )
 
@@ -121,11 +138,13 @@ class _Callbacks:
     position: ConsumedPosition
     metrics: MetricsLog
     checkpointing: Checkpointing
+    status: StatusFile
     stop: StopRequest
     others: list[pl.Callback]
 
     def in_order(self) -> list[pl.Callback]:
-        return [self.position, self.metrics, self.checkpointing, *self.others, self.stop]
+        """A checkpoint is written behind all that write for its step, and the run stops behind that."""
+        return [self.position, self.metrics, *self.others, self.checkpointing, self.status, self.stop]
 
 
 def _build_callbacks(
@@ -137,45 +156,54 @@ def _build_callbacks(
     quiet: bool,
 ) -> _Callbacks:
     """`describe` takes the steps and tokens of a model so far."""
-    every, max_time = config.training.validate_every_steps, config.training.max_time
-    metrics = MetricsLog(
-        run,
-        log_every_steps=config.training.log_every_steps,
-        validate_every_steps=every,
-        validate=partial(_validate, datamodule, describe(0, 0).unigram_frequencies),
-        redraw_curves=partial(_draw_curves, run),
-    )
+    training = config.training
     checkpointing = Checkpointing(
         run,
-        every_steps=config.training.checkpoint_every_steps,
+        every_steps=training.checkpoint_every_steps,
         save_model=lambda task, step: save_model(run.model, task.model, describe(step, metrics.tokens_seen)),
     )
-    others: list[pl.Callback] = [StepRandomness(config.seed)]
-    if config.training.log_readiness and datamodule.validation_stores:
-        held_out = datamodule.validation_stores[0]
+    stop = StopRequest(
+        checkpointing,
+        max_seconds=None if training.max_time is None else parse_duration(training.max_time, "training.max_time"),
+    )
+    nonfinite = NonFiniteSteps(checkpointing, max_in_a_row=training.max_skipped_steps)
+    frequencies = torch.tensor(describe(0, 0).unigram_frequencies, dtype=torch.float64)
+    metrics = MetricsLog(
+        run,
+        log_every_steps=training.log_every_steps,
+        validate_every_steps=training.validate_every_steps,
+        gradients=nonfinite,
+        validate=partial(_validate, datamodule, frequencies, stop),
+        redraw_curves=partial(draw_curves, run),
+    )
+    others: list[pl.Callback] = [StepRandomness(config.seed), nonfinite]
+    if training.log_readiness and datamodule.validation_sets:
+        held_out = next(iter(datamodule.validation_sets.values()))[0]
         proteins = [held_out.protein(i).tolist() for i in range(min(MAX_PROTEINS, len(held_out)))]
-        others.append(ReadinessLog(run, proteins, every_steps=every))
+        others.append(ReadinessLog(run, proteins, every_steps=training.validate_every_steps))
     if not quiet:
-        others.append(Progress(metrics, max_steps=config.training.max_steps))
+        others.append(Progress(metrics, max_steps=training.max_steps))
     return _Callbacks(
         position=ConsumedPosition(datamodule),
         metrics=metrics,
         checkpointing=checkpointing,
-        stop=StopRequest(
-            checkpointing, max_seconds=None if max_time is None else parse_duration(max_time, "training.max_time")
-        ),
+        status=StatusFile(run, metrics, checkpointing, max_steps=training.max_steps),
+        stop=stop,
         others=others,
     )
 
 
-def open_corpus(paths: StorePaths) -> tuple[Corpus, tuple[TokenStore, ...]]:
-    """What a run trains on, and its validation stores."""
+def open_corpus(paths: StorePaths) -> tuple[Corpus, dict[str, list[TokenStore]]]:
+    """What a run trains on, and the stores of each set that it validates on."""
     corpus = Corpus(
         stores=tuple(TokenStore.open(path) for path in paths.train),
         clusters=None if paths.clusters is None else ClusterMembers(paths.clusters),
         pairs=None if paths.pairs is None else InteractingPairs(paths.pairs),
     )
-    return corpus, tuple(TokenStore.open(path) for path in paths.validation)
+    sets: dict[str, list[TokenStore]] = {}
+    for name, path in zip(paths.validation_names, paths.validation, strict=True):
+        sets.setdefault(name, []).append(TokenStore.open(path))
+    return corpus, sets
 
 
 def rows_per_batch(config: RunConfig, *, num_ranks: int) -> int:
@@ -256,41 +284,32 @@ def _residue_counts(corpus: Corpus) -> list[int]:
 
 
 def _validate(
-    datamodule: ProteinDataModule, frequencies: torch.Tensor, trainer: pl.Trainer, task: MaskedLmTask
-) -> MaskedLmScores | None:
-    if not datamodule.validation_stores:
-        return None
+    datamodule: ProteinDataModule,
+    frequencies: torch.Tensor,
+    stop: StopRequest,
+    trainer: pl.Trainer,
+    task: MaskedLmTask,
+    may_give_up: bool,
+) -> dict[str, MaskedLmScores] | None:
+    """Scores of each set; None if the run is to stop, which may not wait for minutes of validation."""
+    scores: dict[str, MaskedLmScores] = {}
+    gives_up = may_give_up and trainer.world_size == 1
     task.model.eval()
     with trainer.strategy.precision_plugin.forward_context():
-        batches = (batch.to(task.device) for batch in datamodule.validation_batches(rank=0, num_ranks=1))
-        scores = evaluate_masked_lm(task.model, batches, frequencies)
+        for name in datamodule.validation_sets:
+            batches = datamodule.validation_batches(name, rank=0, num_ranks=1)
+            unless_stopped = takewhile(lambda batch: not (gives_up and stop.signal_name), batches)
+            of_set = evaluate_masked_lm(task.model, (batch.to(task.device) for batch in unless_stopped), frequencies)
+            if of_set is not None:
+                scores[name] = of_set
     task.model.train()
-    if scores is not None and not math.isfinite(scores.perplexity):
+    if gives_up and stop.signal_name:
+        return None
+    if not all(math.isfinite(of_set.perplexity) for of_set in scores.values()):
         raise InputError(
             "validation gave a perplexity that is not finite: the run has diverged; lower the learning rate"
         )
     return scores
-
-
-def _draw_curves(run: RunFolder, path: Path) -> None:
-    rows = read_metrics(run.metrics)
-    trained = [row for row in rows if row["train_loss"]]
-    validated = [row for row in rows if row["val_loss"]]
-
-    def column(chosen: list[dict[str, str]], name: str) -> list[float]:
-        return [float(row[name]) for row in chosen]
-
-    plot_training_curves(
-        train_steps=column(trained, "step"),
-        train_loss=column(trained, "train_loss"),
-        val_steps=column(validated, "step"),
-        val_loss=column(validated, "val_loss"),
-        val_perplexity=column(validated, "val_perplexity"),
-        val_accuracy=column(validated, "val_accuracy"),
-        unigram_perplexity=float(validated[-1]["unigram_perplexity"]) if validated else None,
-        unigram_accuracy=float(validated[-1]["unigram_accuracy"]) if validated else None,
-        path=path,
-    )
 
 
 @contextmanager

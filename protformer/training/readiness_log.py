@@ -3,7 +3,6 @@
 In: some proteins. Out: `readiness.csv` in the run folder, with the figures of `evaluation.readiness`.
 """
 
-import csv
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
@@ -11,7 +10,7 @@ import lightning.pytorch as pl
 from protformer.evaluation.model_readiness import model_readiness
 from protformer.training.callbacks import StepCallback
 from protformer.training.masked_lm import MaskedLmTask
-from protformer.training.run_folder import RunFolder, keep_metrics_until
+from protformer.training.run_folder import RunFolder, append_metrics, keep_metrics_until
 
 FIELDS = (
     "step", "layer", "num_features", "squared_norm", "logit_spread", "logit_spread_max", "effective_features",
@@ -39,5 +38,4 @@ class ReadinessLog(StepCallback):
         with trainer.strategy.precision_plugin.forward_context():
             reports = model_readiness(task.model, self.proteins, num_features=None)
         task.model.train()
-        with self.run.readiness.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, FIELDS).writerows({"step": step, **report.as_json()} for report in reports)
+        append_metrics(self.run.readiness, [{"step": step, **report.as_json()} for report in reports], FIELDS)

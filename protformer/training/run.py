@@ -16,8 +16,9 @@ from protformer.corpus.token_store import TokenStore
 from protformer.device import choose_device, is_launched_helper
 from protformer.errors import ConfigError, InputError, InterruptedRunError, OutputError
 from protformer.evaluation.masked_lm import MaskedLmScores
+from protformer.run_status import sole_process
 from protformer.training.fit import RunSummary, rows_per_batch, train
-from protformer.training.run_folder import RunFolder, write_whole
+from protformer.training.run_folder import RunFolder
 from protformer.training.run_stores import Console, prepare_stores
 from protformer.training.sampling_tables import (
     add_sampling_tables,
@@ -25,6 +26,8 @@ from protformer.training.sampling_tables import (
     check_tables_unchanged,
     fasta_by_store,
 )
+from protformer.training.validation_sets import check_validation_unchanged, validation_sets
+from protformer.whole_file import write_whole
 
 RESUMABLE_CHANGES = frozenset(
     f"training.{name}"
@@ -58,7 +61,8 @@ class RunRequest:
     out: Path
     config_source: str | None
     overrides: tuple[str, ...]
-    validation_fasta: str | None
+    validation_fasta: tuple[str, ...]
+    """Each may be `NAME=PATH`."""
     clusters: str | None
     pairs: str | None
     cache_dir: Path | None
@@ -86,8 +90,10 @@ def run_training(request: RunRequest, console: Console) -> str:
         _prepare_stores(request, run, config, console)
     else:
         _check_sources(request, run, config)
-        _write_config(run, config)
-    return describe_summary(_train(request, config, run))
+    with sole_process(run.root):
+        if not is_new:
+            _write_config(run, config)
+        return describe_summary(_train(request, config, run))
 
 
 def _train(request: RunRequest, config: RunConfig, run: RunFolder) -> RunSummary:
@@ -107,18 +113,27 @@ def describe_summary(summary: RunSummary) -> str:
         f"{summary.steps:,} steps, {summary.residues_seen:,} residues seen ({summary.tokens_seen:,} tokens,"
         f" rows {summary.fill_rate:.1%} full)"
     ]
-    if summary.scores is not None:
-        lines += _compare(summary.scores)
-    else:
+    lines.append(
+        f"{_as_duration(summary.seconds)} of training in all, {summary.residues_per_second:,.0f} residues/s in this"
+        f" sitting, at most {summary.peak_memory_gb:.2f} GB of memory, {summary.skipped_steps:,} steps skipped"
+    )
+    for name, scores in summary.scores.items():
+        lines += _compare(name, scores)
+    if not summary.scores:
         lines.append("nothing was held out, so there is no validation")
     lines.append(f"model: {summary.model_folder}")
     return "\n".join(lines)
 
 
-def _compare(scores: MaskedLmScores) -> list[str]:
+def _as_duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def _compare(name: str, scores: MaskedLmScores) -> list[str]:
     gain, error = scores.log_likelihood_gain, scores.log_likelihood_gain_standard_error
     return [
-        f"held-out proteins, {scores.num_masked:,} residues asked for:",
+        f"held-out proteins ({name}), {scores.num_masked:,} residues asked for:",
         f"  perplexity {scores.perplexity:6.3f}   unigram baseline {scores.baseline_perplexity:6.3f}",
         f"  accuracy   {scores.accuracy:6.2%}   unigram baseline {scores.baseline_accuracy:6.2%}",
         f"  log-likelihood over the baseline {gain:+.4f} nats a residue, standard error {error:.4f} (over proteins)",
@@ -169,7 +184,7 @@ def _prepare_stores(request: RunRequest, run: RunFolder, config: RunConfig, cons
     with _starting(run.root):
         paths = prepare_stores(
             fasta_by_store(request.fasta, config.data),
-            request.validation_fasta,
+            validation_sets(request.validation_fasta),
             beside=run.root,
             cache=request.cache_dir,
             fraction=config.data.validation_fraction,
@@ -191,7 +206,8 @@ def _write_config(run: RunFolder, config: RunConfig) -> None:
 
 def _refuse_input_inside(run: RunFolder, request: RunRequest) -> None:
     """The run folder is this program's own; a file of the user's in it could be taken for part of the run."""
-    for source in (*request.fasta, *filter(None, [request.validation_fasta, request.clusters, request.pairs])):
+    sources = [*validation_sets(request.validation_fasta).values(), *filter(None, [request.clusters, request.pairs])]
+    for source in (*request.fasta, *sources):
         if source != "-" and Path(source).resolve().is_relative_to(run.root.resolve()):
             raise OutputError(f"{run.root}: {source} lies inside the run folder; choose another --out")
 
@@ -214,15 +230,7 @@ def _check_sources(request: RunRequest, run: RunFolder, config: RunConfig) -> No
     if not run.has_stores(paths):
         began = ", ".join(map(str, paths.train))
         raise InputError(f"--resume: {began}: the token store is not the one that the run began with")
-    if request.validation_fasta is not None:
-        if not paths.validation:
-            raise InputError("--resume: the run began without --val-fasta")
-        named_validation = Path(request.validation_fasta)
-        if named_validation.is_dir():
-            if named_validation.resolve() != paths.validation[0].resolve():
-                raise InputError(f"--resume: the run began with {paths.validation[0]}, not with {named_validation}")
-        elif difference := TokenStore.open(paths.validation[0]).difference_from([request.validation_fasta]):
-            raise InputError(f"--resume: --val-fasta: {difference}")
+    check_validation_unchanged(paths, validation_sets(request.validation_fasta))
     check_tables_unchanged(paths, clusters=request.clusters, pairs=request.pairs)
 
 

@@ -2,9 +2,12 @@
 
 RUN/config.yaml               resolved configuration
 RUN/store, RUN/validation     token stores (validation is absent when nothing is held out); with source_weights the
-                              second --fasta has RUN/store-2 and RUN/validation-2, and so on
+                              second --fasta has RUN/store-2 and RUN/validation-2, and so on; a second --val-fasta
+                              has RUN/validation-2
 RUN/clusters, RUN/pairs.npy   what --clusters and --pairs gave, as indices of proteins
 RUN/metrics.csv, curves.png   figures as they come; also readiness.csv if training.log_readiness is on
+RUN/validation.csv            a line for each validation and set of held-out proteins
+RUN/status.json, .running     how far the run has come, and the lock of the process that trains (`run_status`)
 RUN/checkpoints/last.ckpt     state for --resume only
 RUN/model/                    the model folder
 """
@@ -13,7 +16,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,14 @@ from typing import Any
 from protformer.corpus.store_manifest import SourceFile
 from protformer.corpus.token_store import MANIFEST_FILE
 from protformer.errors import OutputError
+from protformer.whole_file import write_whole
 
 METRIC_FIELDS = (
     "step", "tokens", "train_loss", "val_loss", "val_perplexity", "val_accuracy", "learning_rate", "tokens_per_second",
-    "peak_memory_gb", "unigram_perplexity", "unigram_accuracy",
+    "peak_memory_gb", "unigram_perplexity", "unigram_accuracy", "gradient_norm", "skipped_steps",
+)  # fmt: skip
+VALIDATION_FIELDS = (
+    "step", "set", "num_masked", "loss", "perplexity", "accuracy", "unigram_perplexity", "unigram_accuracy",
 )  # fmt: skip
 
 
@@ -35,6 +42,8 @@ class StorePaths:
     train: tuple[Path, ...]
     validation: tuple[Path, ...]
     """Empty if nothing is held out."""
+    validation_names: tuple[str, ...]
+    """Of the set that each of these stores belongs to."""
     clusters: Path | None = None
     pairs: Path | None = None
     clusters_source: SourceFile | None = None
@@ -55,6 +64,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.csv"
+
+    @property
+    def validation(self) -> Path:
+        return self.root / "validation.csv"
 
     @property
     def readiness(self) -> Path:
@@ -81,6 +94,7 @@ class RunFolder:
         tree = {
             "train": [relative(path) for path in paths.train],
             "validation": [relative(path) for path in paths.validation],
+            "validation_names": list(paths.validation_names),
             "clusters": None if paths.clusters is None else relative(paths.clusters),
             "pairs": None if paths.pairs is None else relative(paths.pairs),
             "clusters_source": None if paths.clusters_source is None else asdict(paths.clusters_source),
@@ -106,6 +120,7 @@ class RunFolder:
         return StorePaths(
             train=tuple(self.root / name for name in tree["train"]),
             validation=tuple(self.root / name for name in tree["validation"]),
+            validation_names=tuple(tree["validation_names"]),
             clusters=path("clusters"),
             pairs=path("pairs"),
             clusters_source=source("clusters_source"),
@@ -122,26 +137,23 @@ def _sha256_of_manifest(store: Path) -> str:
     return hashlib.sha256((store / MANIFEST_FILE).read_bytes()).hexdigest()
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary sibling, then put it in the place of `path` in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-    partial.replace(path)
-
-
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Rows of `metrics.csv`, empty if there is none."""
+    """Rows of `metrics.csv` or its like, empty if there is none."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def append_metrics(path: Path, rows: Sequence[Mapping[str, object]], fields: Sequence[str] = METRIC_FIELDS) -> None:
+    """Add rows, and bring them to the disk: a checkpoint that is written later knows of them."""
+    try:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, fields, restval="").writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def keep_metrics_until(path: Path, step: int, fields: Sequence[str] = METRIC_FIELDS) -> None:

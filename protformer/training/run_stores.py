@@ -8,7 +8,7 @@ waits for it.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -39,7 +39,7 @@ class Console(Protocol):
 
 def prepare_stores(
     fasta_by_store: Sequence[Sequence[str]],
-    validation_fasta: str | None,
+    validation_sets: Mapping[str, str],
     *,
     beside: Path,
     cache: Path | None,
@@ -48,26 +48,29 @@ def prepare_stores(
 ) -> StorePaths:
     """The stores to train on, one for each list of FASTA files or for each prepared store, and to validate with.
 
-    `beside` is the folder to build in without a `cache`. Without a validation file, a `fraction` of the proteins is
-    held out. Raises InputError, OutputError.
+    `validation_sets` are FASTA files or stores by the name of the set; without any, a `fraction` of the proteins is
+    held out. `beside` is the folder to build in without a `cache`. Raises InputError, OutputError.
     """
-    validation: tuple[Path, ...] = ()
-    if validation_fasta is not None:
-        validation = (_validation_store(validation_fasta, beside, cache, console),)
+    validation = tuple(
+        _validation_store(given, beside / (VALIDATION + _suffix(number)), cache, console)
+        for number, given in enumerate(validation_sets.values())
+    )
+    names = tuple(validation_sets)
     if Path(fasta_by_store[0][0]).is_dir():
         train = tuple(_prepared_store(Path(store)) for (store,) in fasta_by_store)
         if not validation:
             console.tell("nothing is held out: a prepared store is taken whole; give --val-fasta to validate")
-        return StorePaths(train=train, validation=validation)
+        return StorePaths(train=train, validation=validation, validation_names=names)
     if validation:
-        return StorePaths(train=_build_all(fasta_by_store, beside, cache, console), validation=validation)
+        train = _build_all(fasta_by_store, beside, cache, console)
+        return StorePaths(train=train, validation=validation, validation_names=names)
     return _split_all(fasta_by_store, beside, cache, fraction, console)
 
 
-def _validation_store(given: str, beside: Path, cache: Path | None, console: Console) -> Path:
+def _validation_store(given: str, without_cache: Path, cache: Path | None, console: Console) -> Path:
     if Path(given).is_dir():
         return _prepared_store(Path(given))
-    with _place([given], cache, beside / VALIDATION, None, console) as store:
+    with _place([given], cache, without_cache, None, console) as store:
         _build([given], store, console)
         return store
 
@@ -104,7 +107,8 @@ def _split_all(
             _split(fasta, store, split, fraction, console)
             train.append(store)
             validation += [split] if split.exists() else []
-    return StorePaths(train=tuple(train), validation=tuple(validation))
+    names = (VALIDATION,) * len(validation)
+    return StorePaths(train=tuple(train), validation=tuple(validation), validation_names=names)
 
 
 def _suffix(number: int) -> str:
