@@ -132,9 +132,15 @@ class TrainingConfig:
     """The batch of one optimizer step over all devices, in tokens; whole rows of data.max_residues."""
     accumulate_batches: int = 1
     """Rows of a step are worked off in this many parts, to save memory."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` moves the layers' matrices by Muon, scaled so that AdamW's learning rate suits, and all else by AdamW."""
     learning_rate: float = 1e-3
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """After the warm-up: fixed (paper), or a half cosine down to a tenth of the rate at schedule_steps."""
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
+    """After the warm-up: fixed (paper); a half cosine down to a tenth of the rate at schedule_steps; or fixed until the
+    last decay_fraction of schedule_steps, over which it falls to zero (warm-up, stable, decay)."""
+    decay_fraction: float = 0.2
+    decay_shape: Literal["linear", "sqrt"] = "linear"
+    """Of `wsd`: the rate falls as 1 - x, or as 1 - sqrt(x), over the decay x = 0 to 1."""
     schedule_steps: int | None = None
     """Length of the schedule; max_steps if not given. Stopping earlier does not change the steps before."""
     warmup_steps: int = 1000
@@ -162,6 +168,7 @@ class TrainingConfig:
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         _require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "0 or more")
         _require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
+        _require(0 < self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "above 0, at most 1")
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             _require(0.0 <= value < 1.0, f"training.{name}", value, "from 0 to below 1")
@@ -170,6 +177,12 @@ class TrainingConfig:
         _require(self.gradient_clip_norm > 0, "training.gradient_clip_norm", self.gradient_clip_norm, "above 0")
         if self.schedule_steps is not None:
             _require(self.schedule_steps >= 1, "training.schedule_steps", self.schedule_steps, "at least 1")
+        _require(
+            self.schedule != "wsd" or self.max_steps <= self.num_schedule_steps,
+            "training.max_steps",
+            self.max_steps,
+            f"at most training.schedule_steps ({self.num_schedule_steps}), where `wsd` has a rate of zero",
+        )
         if self.max_time is not None:
             parse_duration(self.max_time, "training.max_time")
 

@@ -63,7 +63,10 @@ def test_an_attention_kind_can_be_given_as_a_whole():
         ("model.attention={kind: exact, num_features: 3}", "model.attention.num_features: no such field (value 3)"),
         ("model.attention=favor", "model.attention: 'favor' is not a group of fields"),
         ("training.schedule=no", "training.schedule: False is not one of constant, cosine"),
-        ("training.schedule=cosin", "training.schedule: 'cosin' is not one of constant, cosine; did you mean cosine?"),
+        (
+            "training.schedule=cosin",
+            "training.schedule: 'cosin' is not one of constant, cosine, wsd; did you mean cosine?",
+        ),
         ("model.num_layers=2.5", "model.num_layers: 2.5 is not a whole number"),
         ("model.num_layers=true", "model.num_layers: True is not a whole number"),
         ("model.num_layers=0", "model.num_layers: 0 is not allowed; it must be at least 1"),

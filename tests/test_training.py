@@ -151,8 +151,9 @@ def test_a_stop_signal_saves_leaves_with_130_and_resumes(fasta, undisturbed, tmp
     assert_same_run(undisturbed, out)
 
 
-def test_isolated_packing_and_next_residue_prediction_resume_too(fasta, tmp_path):
+def test_isolated_packing_next_residue_prediction_and_muon_resume_too(fasta, tmp_path):
     changes = {"data__packing": "isolate", "model__direction": "unidirectional", "data__max_residues": 128}
+    changes |= {"training__optimizer": "muon", "training__schedule": "wsd"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(arguments(fasta, whole, **changes)) == 0
     assert run(arguments(fasta, parts, "--max-steps", 3, **changes)) == 0
