@@ -31,7 +31,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StepCallback(pl.Callback):
-    """A callback that acts after each optimizer step, not after each of its parts."""
+    """A callback that acts after each optimizer step."""
 
     def after_step(self, trainer: pl.Trainer, task: MaskedLmTask, step: int) -> None:
         """`step` optimizer steps are done."""
@@ -44,9 +44,8 @@ class StepCallback(pl.Callback):
         batch: TrainingBatch,
         batch_idx: int,
     ) -> None:
-        if batch.number % trainer.accumulate_grad_batches == 0:
-            assert isinstance(pl_module, MaskedLmTask)
-            self.after_step(trainer, pl_module, trainer.global_step)
+        assert isinstance(pl_module, MaskedLmTask)
+        self.after_step(trainer, pl_module, trainer.global_step)
 
 
 class StepRandomness(pl.Callback):
@@ -134,8 +133,6 @@ class MetricsLog(pl.Callback):
         self.tokens_seen += batch.num_tokens * trainer.world_size
         self.residues_seen += batch.num_residues * trainer.world_size
         self._tokens_in_interval += batch.num_tokens * trainer.world_size
-        if batch.number % trainer.accumulate_grad_batches:
-            return
         step = trainer.global_step
         validates = step % self.validate_every_steps == 0
         if validates or step % self.log_every_steps == 0:

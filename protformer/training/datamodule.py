@@ -27,7 +27,7 @@ from protformer.evaluation.masked_lm import MaskedBatch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingBatch:
-    """Rows for one forward and backward pass on one device."""
+    """Rows for one optimizer step on one device."""
 
     masked: MaskedBatch
     number: int
@@ -49,7 +49,7 @@ class ProteinDataModule(pl.LightningDataModule):
     def __init__(
         self, corpus: Corpus, validation_stores: Sequence[TokenStore], config: RunConfig, *, batch_rows: int
     ) -> None:
-        """`batch_rows` is the number of rows a device works off at once."""
+        """`batch_rows` is the number of rows of a step on one device."""
         super().__init__()
         self.corpus, self.validation_stores = corpus, tuple(validation_stores)
         self.config = config
