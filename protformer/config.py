@@ -130,8 +130,8 @@ class TrainingConfig:
     """HH:MM:SS of training in this sitting."""
     tokens_per_step: int = 65_536
     """The batch of one optimizer step over all devices, in tokens; whole rows of data.max_residues."""
-    accumulate_batches: int = 1
-    """Rows of a step are worked off in this many parts, to save memory."""
+    accumulate_batches: int | Literal["auto"] = "auto"
+    """Rows of a step are worked off in this many parts; `auto` takes few, and twice as many when memory runs out."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` moves the layers' matrices by Muon, scaled so that AdamW's learning rate suits, and all else by AdamW."""
     learning_rate: float = 1e-3
@@ -162,10 +162,12 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "max_steps", "tokens_per_step", "accumulate_batches", "validate_every_steps", "log_every_steps",
-            "checkpoint_every_steps", "max_skipped_steps",
+            "max_steps", "tokens_per_step", "validate_every_steps", "log_every_steps", "checkpoint_every_steps",
+            "max_skipped_steps",
         ):  # fmt: skip
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
+        parts = self.accumulate_batches
+        _require(parts == "auto" or parts >= 1, "training.accumulate_batches", parts, "auto, or at least 1")
         _require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "0 or more")
         _require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
         _require(0 < self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "above 0, at most 1")

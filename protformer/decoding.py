@@ -55,6 +55,12 @@ def _decode_union(members: tuple[Any, ...], value: object, path: str) -> object:
             return None
         (member,) = (m for m in members if m is not type(None))
         return _decode_value(member, value, path)
+    literals = [m for m in members if typing.get_origin(m) is Literal]
+    if literals:
+        (literal,), (scalar,) = literals, (m for m in members if m not in literals)
+        if isinstance(value, str) and value in typing.get_args(literal):
+            return value
+        return _decode_scalar(scalar, value, path, or_else=typing.get_args(literal))
     if not isinstance(value, Mapping):
         raise ConfigError(f"{path}: {value!r} is not a group of fields such as {{kind: {_tag(members[0])}}}")
     tags = {_tag(member): member for member in members}
@@ -85,7 +91,7 @@ def _decode_dataclass(kind: type, value: object, path: str) -> object:
         raise ConfigError(f"{path or 'the configuration'}: missing {', '.join(missing)}") from error
 
 
-def _decode_scalar(kind: Any, value: object, path: str) -> object:
+def _decode_scalar(kind: Any, value: object, path: str, *, or_else: tuple[str, ...] = ()) -> object:
     if kind is bool and isinstance(value, bool):
         return value
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
@@ -101,7 +107,7 @@ def _decode_scalar(kind: Any, value: object, path: str) -> object:
     if kind is str and isinstance(value, str):
         return value
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise ConfigError(f"{path}: {value!r} is not {words.get(kind, kind)}")
+    raise ConfigError(f"{path}: {value!r} is not {' or '.join([*or_else, words.get(kind, str(kind))])}")
 
 
 def _has_no_default(declared: Any) -> bool:

@@ -8,8 +8,9 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
@@ -127,11 +128,46 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.is_file():
-        fields = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
-        now, most = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-        return now, most
+        table = status.read_text(encoding="ascii")
+        return _kibibytes(table, "VmRSS"), _kibibytes(table, "VmHWM")
     peak = int(peak_memory_gb(device) * 1e9)
     return peak, peak
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation was refused, on any device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    told = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Give back what torch's allocator keeps of freed memory, so that blocks of other sizes find room."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+@contextmanager
+def memory_refused_in_time(device: torch.device) -> Iterator[None]:
+    """Let allocations beyond the memory that is free now fail, where Linux would grant them and end the process later.
+
+    For the CPU under Linux only; other devices refuse by themselves.
+    """
+    if device.type != "cpu" or sys.platform != "linux":
+        yield
+        return
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    limit = _kibibytes(status, "VmData") + _available_bytes()
+    before, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    tightest = min((x for x in (before, hard, limit) if x != resource.RLIM_INFINITY), default=limit)
+    resource.setrlimit(resource.RLIMIT_DATA, (tightest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
 
 
 def limit_memory(gigabytes: float) -> None:
@@ -139,6 +175,22 @@ def limit_memory(gigabytes: float) -> None:
     if sys.platform == "linux":
         limit = int(gigabytes * 1e9)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _available_bytes() -> int:
+    """What the machine, or the container where that is less, could still give."""
+    available = _kibibytes(Path("/proc/meminfo").read_text(encoding="ascii"), "MemAvailable")
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        used = int((group / "memory.current").read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        available = min(available, int(limit) - used + int(statistics["inactive_file"]))
+    return available
+
+
+def _kibibytes(table: str, name: str) -> int:
+    """A field of a file of /proc, in bytes."""
+    return next(int(line.split()[1]) * 1024 for line in table.splitlines() if line.startswith(f"{name}:"))
 
 
 def describe_machine(device: torch.device) -> dict[str, object]:

@@ -67,6 +67,11 @@ def test_an_attention_kind_can_be_given_as_a_whole():
             "training.schedule=cosin",
             "training.schedule: 'cosin' is not one of constant, cosine, wsd; did you mean cosine?",
         ),
+        ("training.accumulate_batches=most", "training.accumulate_batches: 'most' is not auto or a whole number"),
+        (
+            "training.accumulate_batches=0",
+            "training.accumulate_batches: 0 is not allowed; it must be auto, or at least 1",
+        ),
         ("model.num_layers=2.5", "model.num_layers: 2.5 is not a whole number"),
         ("model.num_layers=true", "model.num_layers: True is not a whole number"),
         ("model.num_layers=0", "model.num_layers: 0 is not allowed; it must be at least 1"),

@@ -5,7 +5,7 @@ Logits are computed at the asked positions only.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,12 @@ class MaskedBatch:
             segments=self.segments.to(device, non_blocking=True),
         )
 
+    def split(self, num_rows: int) -> Iterator["MaskedBatch"]:
+        """Views of so many rows each; the last may have fewer."""
+        parts = (x.split(num_rows) for x in (self.inputs, self.targets, self.segments))
+        for inputs, targets, segments in zip(*parts, strict=True):
+            yield MaskedBatch(inputs=inputs, targets=targets, segments=segments)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskedLmScores:
@@ -62,6 +68,12 @@ def predict_targets(
     asked = batch.targets != IGNORE
     hidden = model.encoder(batch.inputs, batch.segments).hidden[asked]
     return model.logits(hidden), batch.targets[asked]
+
+
+def masked_lm_loss_sum(model: ProteinLanguageModel, batch: MaskedBatch) -> Float[Tensor, ""]:
+    """Cross-entropy summed over the asked positions, in nats, in float32."""
+    logits, targets = predict_targets(model, batch)
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StepCallback(pl.Callback):
-    """A callback that acts after each optimizer step, not after each of its parts."""
+    """A callback that acts after each optimizer step."""
 
     def after_step(self, trainer: pl.Trainer, task: MaskedLmTask, step: int) -> None:
         """`step` optimizer steps are done."""
@@ -41,9 +41,8 @@ class StepCallback(pl.Callback):
         batch: TrainingBatch,
         batch_idx: int,
     ) -> None:
-        if batch.number % trainer.accumulate_grad_batches == 0:
-            assert isinstance(pl_module, MaskedLmTask)
-            self.after_step(trainer, pl_module, trainer.global_step)
+        assert isinstance(pl_module, MaskedLmTask)
+        self.after_step(trainer, pl_module, trainer.global_step)
 
 
 class StepRandomness(pl.Callback):

@@ -28,7 +28,7 @@ from protformer.evaluation.masked_lm import MaskedBatch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingBatch:
-    """Rows for one forward and backward pass on one device."""
+    """Rows for one optimizer step on one device."""
 
     masked: MaskedBatch
     number: int
@@ -55,7 +55,7 @@ class ProteinDataModule(pl.LightningDataModule):
         *,
         batch_rows: int,
     ) -> None:
-        """`batch_rows` is the number of rows a device works off at once."""
+        """`batch_rows` is the number of rows of a step on one device."""
         super().__init__()
         self.corpus, self.validation_sets = corpus, validation_sets
         self.config = config

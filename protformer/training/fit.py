@@ -24,7 +24,13 @@ from protformer.corpus.cluster_members import ClusterMembers
 from protformer.corpus.interacting_pairs import InteractingPairs
 from protformer.corpus.sampling import Corpus
 from protformer.corpus.token_store import TokenStore
-from protformer.device import choose_device, choose_precision, make_deterministic, peak_memory_gb
+from protformer.device import (
+    choose_device,
+    choose_precision,
+    make_deterministic,
+    memory_refused_in_time,
+    peak_memory_gb,
+)
 from protformer.errors import ConfigError, InputError, InterruptedRunError
 from protformer.evaluation.masked_lm import MaskedLmScores, evaluate_masked_lm
 from protformer.model.masked_lm_head import ProteinLanguageModel
@@ -40,6 +46,7 @@ from protformer.training.curves import draw_curves
 from protformer.training.datamodule import ProteinDataModule
 from protformer.training.masked_lm import MaskedLmTask
 from protformer.training.metrics_log import MetricsLog
+from protformer.training.micro_batches import MicroBatches
 from protformer.training.nonfinite import NonFiniteSteps
 from protformer.training.readiness_log import MAX_PROTEINS, ReadinessLog
 from protformer.training.run_folder import RunFolder, StorePaths
@@ -83,15 +90,21 @@ def train(
     """
     torch_device = choose_device(device)
     precision = choose_precision(config.training.precision, torch_device)
-    batch_rows = rows_per_batch(config, num_ranks=devices * num_nodes)
+    step_rows = rows_per_step(config, num_ranks=devices * num_nodes)
     make_deterministic()
     corpus, validation_sets = open_corpus(run.load_stores())
     counts = _residue_counts(corpus)
     torch.manual_seed(config.seed)
     model = ProteinLanguageModel(config.model, seed=config.seed)
     model.start_from_counts(counts)
-    task = MaskedLmTask(model, config.training)
-    datamodule = ProteinDataModule(corpus, validation_sets, config, batch_rows=batch_rows)
+    micro_batches = MicroBatches(
+        config.training.accumulate_batches,
+        step_rows=step_rows,
+        row_tokens=config.data.max_residues,
+        device=torch_device,
+    )
+    task = MaskedLmTask(model, config.training, micro_batches)
+    datamodule = ProteinDataModule(corpus, validation_sets, config, batch_rows=step_rows)
     callbacks = _build_callbacks(
         config, run, datamodule, describe=partial(_describe, config, corpus, counts), quiet=quiet
     )
@@ -104,7 +117,7 @@ def train(
             devices=devices,
             num_nodes=num_nodes,
         )
-        with callbacks.stop.listening():
+        with callbacks.stop.listening(), memory_refused_in_time(torch_device):
             _fit(trainer, task, datamodule, run)
             callbacks.checkpointing.save(trainer, task)
             if callbacks.stop.signal_name is None:
@@ -206,17 +219,21 @@ def open_corpus(paths: StorePaths) -> tuple[Corpus, dict[str, list[TokenStore]]]
     return corpus, sets
 
 
-def rows_per_batch(config: RunConfig, *, num_ranks: int) -> int:
-    """Rows that one device works off at once; an error if training.tokens_per_step does not divide into them."""
-    unit = config.data.max_residues * config.training.accumulate_batches * num_ranks
-    tokens = config.training.tokens_per_step
+def rows_per_step(config: RunConfig, *, num_ranks: int) -> int:
+    """Rows of a step on one device; an error if training.tokens_per_step does not divide into them."""
+    unit = config.data.max_residues * num_ranks
+    tokens, parts = config.training.tokens_per_step, config.training.accumulate_batches
     if tokens % unit:
         raise ConfigError(
             f"training.tokens_per_step: {tokens} is not a multiple of data.max_residues ({config.data.max_residues}) x"
-            f" training.accumulate_batches ({config.training.accumulate_batches}) x devices ({num_ranks}) = {unit};"
-            f" the nearest is {max(1, round(tokens / unit)) * unit}"
+            f" devices ({num_ranks}) = {unit}; the nearest is {max(1, round(tokens / unit)) * unit}"
         )
-    return tokens // unit
+    rows = tokens // unit
+    if parts != "auto" and parts > rows:
+        raise ConfigError(
+            f"training.accumulate_batches: {parts} parts of a step, but a device has only {rows} rows of it"
+        )
+    return rows
 
 
 def _build_trainer(
@@ -236,8 +253,6 @@ def _build_trainer(
         precision="bf16-mixed" if uses_bf16 else "32-true",
         max_steps=config.max_steps,
         max_epochs=-1,
-        accumulate_grad_batches=config.accumulate_batches,
-        gradient_clip_val=config.gradient_clip_norm,
         callbacks=callbacks,
         limit_val_batches=0,
         use_distributed_sampler=False,

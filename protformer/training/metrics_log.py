@@ -138,8 +138,6 @@ class MetricsLog(pl.Callback):
         self.residues_seen += batch.num_residues * trainer.world_size
         self._sitting_residues += batch.num_residues * trainer.world_size
         self._tokens_in_interval += batch.num_tokens * trainer.world_size
-        if batch.number % trainer.accumulate_grad_batches:
-            return
         step = trainer.global_step
         validates = step % self.validate_every_steps == 0
         if validates or step % self.log_every_steps == 0:

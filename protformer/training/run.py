@@ -17,7 +17,7 @@ from protformer.device import choose_device, is_launched_helper
 from protformer.errors import ConfigError, InputError, InterruptedRunError, OutputError
 from protformer.evaluation.masked_lm import MaskedLmScores
 from protformer.run_status import sole_process
-from protformer.training.fit import RunSummary, rows_per_batch, train
+from protformer.training.fit import RunSummary, rows_per_step, train
 from protformer.training.run_folder import RunFolder
 from protformer.training.run_stores import Console, prepare_stores
 from protformer.training.sampling_tables import (
@@ -39,6 +39,7 @@ RESUMABLE_CHANGES = frozenset(
         "log_every_steps",
         "checkpoint_every_steps",
         "precision",
+        "accumulate_batches",
     )
 ) | {"data.num_workers"}
 """Fields that may differ on a resume: they do not change what is learned, or only by rounding."""
@@ -85,7 +86,7 @@ def run_training(request: RunRequest, console: Console) -> str:
     is_new = _check_folder(run, resume=request.resume)
     config = _resolve_config(request, None if is_new else load_run_config(str(run.config)))
     choose_device(request.device)
-    rows_per_batch(config, num_ranks=request.devices * request.num_nodes)
+    rows_per_step(config, num_ranks=request.devices * request.num_nodes)
     if is_new:
         _prepare_stores(request, run, config, console)
     else:
