@@ -6,6 +6,7 @@ generated `README.md`. No pickle is read here. Weights that do not fit their des
 
 import json
 import pickle
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -55,12 +56,19 @@ def load_model(path: Path, device: torch.device) -> tuple[ProteinLanguageModel, 
 
 def save_model(folder: Path, model: ProteinLanguageModel, description: ModelDescription) -> None:
     """Write the model folder; each file appears whole or not at all, weights before the description of them."""
+    save_weights(folder, model.state_dict(), description, num_parameters=sum(p.numel() for p in model.parameters()))
+
+
+def save_weights(
+    folder: Path, state: Mapping[str, torch.Tensor], description: ModelDescription, *, num_parameters: int
+) -> None:
+    """As `save_model`, for a model that is not in one place: its state dict is."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     write_whole(folder / WEIGHTS_FILE, partial(_save_weights, tensors))
     config = json.dumps(asdict(description), indent=2) + "\n"
     write_whole(folder / CONFIG_FILE, lambda partial: partial.write_text(config, encoding="utf-8"))
-    card = model_card(description, num_parameters=sum(p.numel() for p in model.parameters()))
+    card = model_card(description, num_parameters=num_parameters)
     write_whole(folder / CARD_FILE, lambda partial: partial.write_text(card, encoding="utf-8"))
 
 

@@ -157,6 +157,14 @@ class TrainingConfig:
     log_readiness: bool = False
     """At each validation, `readiness.csv` gets a line a layer: could random features estimate its attention?"""
     checkpoint_every_steps: int = 500
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several devices share the work: each with a copy of the model (`ddp`, and `auto`), or each with a part of
+    every weight and of its optimizer's state (`fsdp`)."""
+    context_parallel: int = 1
+    """Devices that one row is split over, for rows that one device has no memory for; all devices are groups of so
+    many. Linear kinds of attention only."""
+    rank_timeout: str = "00:10:00"
+    """HH:MM:SS that a device waits for the others before it takes the job for lost; building stores does not count."""
     max_skipped_steps: int = 10
     """A step without a finite gradient is left out and counted; this many in a row end the run with a diagnosis."""
 
@@ -187,6 +195,12 @@ class TrainingConfig:
         )
         if self.max_time is not None:
             parse_duration(self.max_time, "training.max_time")
+        parse_duration(self.rank_timeout, "training.rank_timeout")
+        _require(self.context_parallel >= 1, "training.context_parallel", self.context_parallel, "at least 1")
+        if self.strategy == "fsdp":
+            whole = "adamw with training.strategy fsdp, as Muon needs whole matrices"
+            _require(self.optimizer == "adamw", "training.optimizer", self.optimizer, whole)
+            _require(not self.log_readiness, "training.log_readiness", self.log_readiness, "false with fsdp")
 
     @property
     def num_schedule_steps(self) -> int:
@@ -206,6 +220,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
+        ranks, kind = self.training.context_parallel, self.model.attention.kind
+        allowed = f"1 with model.attention.kind {kind}: only favor and generalized attention can be split over devices"
+        _require(ranks == 1 or kind != "exact", "training.context_parallel", ranks, allowed)
+        length = self.data.max_residues
+        allowed = f"a multiple of training.context_parallel ({ranks}), which gives all devices parts of equal length"
+        _require(length % ranks == 0, "data.max_residues", length, allowed)
 
 
 def load_run_config(source: str | None, overrides: tuple[str, ...] = ()) -> RunConfig:

@@ -101,9 +101,25 @@ def _thread_pool(process: int, size: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(size, thread_name_prefix="attention")
 
 
-def is_launched_helper() -> bool:
-    """Whether this process is one that Lightning started beside the first one, to drive another device."""
-    return int(os.environ.get("LOCAL_RANK", "0")) > 0
+def launched_rank() -> int:
+    """Which of the processes of one job this is; 0 prepares the run folder, writes files, and reports."""
+    if launched_size() is not None:
+        return int(os.environ["RANK"] if "LOCAL_WORLD_SIZE" in os.environ else os.environ["SLURM_PROCID"])
+    # Lightning has started this one beside another, or the user has started one on each node.
+    return max(int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "NODE_RANK"))
+
+
+def launched_size() -> tuple[int, int] | None:
+    """Processes a node, and nodes, where torchrun or SLURM's srun has started all processes of the job."""
+    env = os.environ
+    if "LOCAL_WORLD_SIZE" in env and "RANK" in env:
+        devices, of_all = int(env["LOCAL_WORLD_SIZE"]), int(env["WORLD_SIZE"])
+        return devices, of_all // devices
+    # Outside of srun, in the batch script itself, there are tasks to come but no step; these two names Lightning skips.
+    if "SLURM_STEP_ID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        of_all, nodes = int(env.get("SLURM_NTASKS", "1")), int(env.get("SLURM_NNODES", "1"))
+        return (of_all // nodes, nodes) if of_all > 1 else None
+    return None
 
 
 def make_deterministic() -> None:

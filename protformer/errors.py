@@ -27,6 +27,10 @@ class OutputError(ProtformerError):
     """An output exists already, or cannot be written."""
 
 
+class LostRankError(ProtformerError):
+    """Another process of this job has died, or does not answer."""
+
+
 class InterruptedRunError(ProtformerError):
     """The user or the scheduler stopped a run; its state was saved."""
 

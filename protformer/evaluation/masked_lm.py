@@ -66,8 +66,7 @@ def predict_targets(
 ) -> tuple[Float[Tensor, "asked token"], Int[Tensor, " asked"]]:
     """Logits at the asked positions, and the tokens asked for there."""
     asked = batch.targets != IGNORE
-    hidden = model.encoder(batch.inputs, batch.segments).hidden[asked]
-    return model.logits(hidden), batch.targets[asked]
+    return model(batch.inputs, batch.segments, asked), batch.targets[asked]
 
 
 def masked_lm_loss_sum(model: ProteinLanguageModel, batch: MaskedBatch) -> Float[Tensor, ""]:
@@ -76,7 +75,6 @@ def masked_lm_loss_sum(model: ProteinLanguageModel, batch: MaskedBatch) -> Float
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-@torch.no_grad()
 def evaluate_masked_lm(
     model: ProteinLanguageModel,
     batches: Iterable[MaskedBatch],
@@ -89,8 +87,24 @@ def evaluate_masked_lm(
     `copying` is (share unchanged, share random) of the masking scheme among the selected positions. None if no position
     is asked for.
     """
+    return summarize_units(score_units(model, batches, frequencies, copying=copying))
+
+
+@torch.no_grad()
+def score_units(
+    model: ProteinLanguageModel,
+    batches: Iterable[MaskedBatch],
+    frequencies: Float[Tensor, " token"],
+    *,
+    copying: tuple[float, float] | None = None,
+) -> Float[Tensor, "unit 5"]:
+    """What `summarize_units` makes scores of: a row for each protein, so that processes may share the proteins."""
     units = [_score_batch(model, batch, frequencies.double(), copying) for batch in batches]
-    table = torch.cat([torch.zeros(0, 5, dtype=torch.float64), *units])
+    return torch.cat([torch.zeros(0, 5, dtype=torch.float64), *units])
+
+
+def summarize_units(table: Float[Tensor, "unit 5"]) -> MaskedLmScores | None:
+    """Scores of all proteins together."""
     count, nll, correct, baseline_nll, baseline_correct = table.unbind(dim=1)
     num_masked = int(count.sum())
     if num_masked == 0:

@@ -7,7 +7,7 @@ GELU, LayerNorm, then the transposed token embedding with a bias of its own (Dev
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from protformer.alphabet import NUM_TOKENS
@@ -50,10 +50,14 @@ class ProteinLanguageModel(nn.Module):
         self.head.bias.copy_((counts / counts.sum()).log())
 
     def forward(
-        self, tokens: Int[Tensor, "batch residue"], segments: Int[Tensor, "batch residue"]
-    ) -> Float[Tensor, "batch residue token"]:
-        """Logits of every position."""
-        return self.logits(self.encoder(tokens, segments).hidden)
+        self,
+        tokens: Int[Tensor, "batch residue"],
+        segments: Int[Tensor, "batch residue"],
+        asked: Bool[Tensor, "batch residue"] | None = None,
+    ) -> Float[Tensor, "*position token"]:
+        """Logits of every position, or of those that are asked for, in their order."""
+        hidden = self.encoder(tokens, segments).hidden
+        return self.logits(hidden if asked is None else hidden[asked])
 
     def logits(self, hidden: Float[Tensor, "*batch channel"]) -> Float[Tensor, "*batch token"]:
         """Logits of chosen hidden states, so that a loss on a few positions pays for those only."""

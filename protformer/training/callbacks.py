@@ -15,11 +15,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from protformer.errors import InputError
 from protformer.training.datamodule import ProteinDataModule, TrainingBatch
 from protformer.training.masked_lm import MaskedLmTask
 from protformer.training.metrics_log import MetricsLog
+from protformer.training.ranks import local_part, over_ranks, whole_weights
 from protformer.training.run_folder import RunFolder
 from protformer.whole_file import write_whole
 
@@ -79,7 +81,10 @@ class ConsumedPosition(pl.Callback):
 class Checkpointing(StepCallback):
     """Writes `last.ckpt`, whole or not at all, and the model folder beside it."""
 
-    def __init__(self, run: RunFolder, *, every_steps: int, save_model: Callable[[MaskedLmTask, int], None]) -> None:
+    def __init__(
+        self, run: RunFolder, *, every_steps: int, save_model: Callable[[dict[str, Tensor], int, int], None]
+    ) -> None:
+        """`save_model` takes the state dict, the number of parameters and the step."""
         self.run, self.every_steps, self.save_model = run, every_steps, save_model
         self.saved_step = -1
         self.saved_time: float | None = None
@@ -97,18 +102,19 @@ class Checkpointing(StepCallback):
         """Save now, unless this step is saved already."""
         if self.saved_step == trainer.global_step:
             return
-        if not weights_are_finite(task):
+        if not weights_are_finite(trainer, task):
             raise InputError(
                 f"step {trainer.global_step}: a weight is not finite, the run has diverged; the last checkpoint before"
                 f" is kept; begin another run with a lower training.learning_rate"
             )
         self.saved_step = trainer.global_step
+        weights = whole_weights(task.model)
         if trainer.is_global_zero:
             write_whole(self.run.checkpoint, trainer.save_checkpoint)
             self.saved_time = time.time()
-            self.save_model(task, trainer.global_step)
+            self.save_model(weights, sum(p.numel() for p in task.model.parameters()), trainer.global_step)
         else:
-            trainer.save_checkpoint(self.run.checkpoint)  # meets the others at a barrier, and writes nothing
+            trainer.save_checkpoint(self.run.checkpoint)  # gives its part, and writes nothing
 
 
 class StopRequest(StepCallback):
@@ -118,6 +124,7 @@ class StopRequest(StepCallback):
         self.checkpointing = checkpointing
         self.deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self.signal_name: str | None = None
+        self.is_first_process = True
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -134,10 +141,16 @@ class StopRequest(StepCallback):
         for number in STOP_SIGNALS:
             signal.signal(number, self._request)
         trainer._signal_connector.received_sigterm = False  # one that came since then is noted here, too
+        self.is_first_process = trainer.is_global_zero
 
     def after_step(self, trainer: pl.Trainer, task: MaskedLmTask, step: int) -> None:
         out_of_time = self.deadline is not None and time.monotonic() >= self.deadline
-        if self.signal_name is not None or out_of_time:
+        number = 0 if self.signal_name is None else int(signal.Signals[self.signal_name])
+        # A signal may have come to one process only, and clocks differ: what is true of one holds for all.
+        latest, is_over = over_ranks(trainer, [number, out_of_time], "max")
+        if latest:
+            self.signal_name = signal.Signals(int(latest)).name
+        if latest or is_over:
             self.checkpointing.save(trainer, task)
             trainer.should_stop = True
 
@@ -146,7 +159,8 @@ class StopRequest(StepCallback):
             print("error: interrupted twice; what came after the last checkpoint is lost", file=sys.stderr, flush=True)
             os._exit(130)
         self.signal_name = signal.Signals(number).name
-        print(f"{self.signal_name}: stopping after this step, then saving", file=sys.stderr)
+        if self.is_first_process:
+            print(f"{self.signal_name}: stopping after this step, then saving", file=sys.stderr)
 
 
 class Progress(StepCallback):
@@ -199,8 +213,9 @@ class Progress(StepCallback):
         return "  ".join(parts)
 
 
-def weights_are_finite(task: MaskedLmTask) -> bool:
-    return all(bool(parameter.isfinite().all()) for parameter in task.parameters())
+def weights_are_finite(trainer: pl.Trainer, task: MaskedLmTask) -> bool:
+    are_finite = all(bool(local_part(parameter).isfinite().all()) for parameter in task.parameters())
+    return bool(over_ranks(trainer, [are_finite], "min")[0])
 
 
 def _as_time(seconds: float) -> str:

@@ -23,7 +23,9 @@ from protformer.corpus.packing import RowPacking, RowPlan, build_packing
 from protformer.corpus.row_stream import SamplerPosition, position_behind, row_generator, row_plans
 from protformer.corpus.sampling import Corpus
 from protformer.corpus.token_store import TokenStore
+from protformer.errors import ConfigError
 from protformer.evaluation.masked_lm import MaskedBatch
+from protformer.training.ranks import RankLayout, gather_over_ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +56,13 @@ class ProteinDataModule(pl.LightningDataModule):
         config: RunConfig,
         *,
         batch_rows: int,
+        ranks: RankLayout,
     ) -> None:
-        """`batch_rows` is the number of rows of a step on one device."""
+        """`batch_rows` is the number of rows of a step on one device, or on those that share them."""
         super().__init__()
         self.corpus, self.validation_sets = corpus, validation_sets
         self.config = config
-        self.batch_rows = batch_rows
+        self.batch_rows, self.ranks = batch_rows, ranks
         self.position = SamplerPosition()
         self.num_batches = 0
 
@@ -74,7 +77,7 @@ class ProteinDataModule(pl.LightningDataModule):
             start=self.position,
             num_batches=self.num_batches,
             rank=trainer.global_rank,
-            num_ranks=trainer.world_size,
+            ranks=self.ranks,
         )
         on_gpu = trainer.strategy.root_device.type == "cuda"
         num_workers = self.config.data.num_workers
@@ -98,17 +101,32 @@ class ProteinDataModule(pl.LightningDataModule):
             (store.protein(i) for store in stores for i in range(0, len(store), every)),
             direction=self.config.model.direction,
             rate=EVALUATION_RATE,
-            max_tokens=max(self.config.data.max_residues, 16_384),
+            max_tokens=max(self.config.data.max_residues // self.ranks.context_parallel, 16_384),
         )
-        for row in islice(rows, rank, None, num_ranks):
-            yield to_masked_batch(row)
+        while of_ranks := list(islice(rows, num_ranks)):
+            # Ranks that share their weights go through the model together: all have the same number of batches.
+            yield to_masked_batch(of_ranks[rank] if rank < len(of_ranks) else _asking_nothing(of_ranks[0]))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": asdict(self.position), "num_batches": self.num_batches}
+        """The same on all ranks, which must ask for it together."""
+        positions = gather_over_ranks(asdict(self.position))[:: self.ranks.context_parallel]
+        return {"positions": positions, "num_batches": self.num_batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.position = SamplerPosition(**state_dict["position"])
+        """Go on with the next row that no rank has had, on as many groups of ranks as one likes if a row is a unit."""
+        assert self.trainer is not None
+        positions = [SamplerPosition(**position) for position in state_dict["positions"]]
         self.num_batches = state_dict["num_batches"]
+        before, now = len(positions), self.ranks.num_data_ranks
+        if before == now:
+            self.position = positions[self.ranks.data_rank(self.trainer.global_rank)]
+        elif len(set(positions)) == 1 and positions[0].row == 0 and positions[0].unit * before % now == 0:
+            self.position = SamplerPosition(positions[0].unit * before // now)
+        else:
+            raise ConfigError(
+                f"--resume: rows were drawn for {before} devices (or groups that share rows) and cannot be shared out"
+                f" among {now} now; go on with as many as before"
+            )
 
     def consumed(self, batch: TrainingBatch) -> None:
         """Note that a batch was trained on; a checkpoint now goes on behind it."""
@@ -131,12 +149,13 @@ class BatchStream(IterableDataset[TrainingBatch]):
         start: SamplerPosition,
         num_batches: int,
         rank: int,
-        num_ranks: int,
+        ranks: RankLayout,
     ) -> None:
         super().__init__()
         self.packing, self.config, self.batch_rows = packing, config, batch_rows
         self.start, self.num_batches = start, num_batches
-        self.rank, self.num_ranks = rank, num_ranks
+        self.rank, self.num_ranks = ranks.data_rank(rank), ranks.num_data_ranks
+        self.part = ranks.part(rank, config.data.max_residues)
 
     def __iter__(self) -> Iterator[TrainingBatch]:
         plans = row_plans(self.packing, self.start, rank=self.rank, num_ranks=self.num_ranks)
@@ -156,12 +175,12 @@ class BatchStream(IterableDataset[TrainingBatch]):
         else:
             masking, seed = self.config.data.masking, self.config.seed
             masked = [mask_row(row, masking, row_generator(seed, plan)) for row, plan in zip(rows, plans, strict=True)]
-        stacked = _stack(masked)
+        stacked, tokens = _stack(masked, self.part), rows.tokens[:, self.part]
         return TrainingBatch(
             masked=to_masked_batch(stacked),
             number=number,
             num_tokens=int((stacked.segments > 0).sum()),
-            num_residues=int(((rows.tokens >= FIRST_RESIDUE) & (rows.tokens <= LAST_RESIDUE)).sum()),
+            num_residues=int(((tokens >= FIRST_RESIDUE) & (tokens <= LAST_RESIDUE)).sum()),
             num_asked=int((stacked.targets != IGNORE).sum()),
             after=position_behind(plans[-1], num_ranks=self.num_ranks),
         )
@@ -182,9 +201,14 @@ def to_masked_batch(rows: MaskedRow) -> MaskedBatch:
     )
 
 
-def _stack(rows: list[MaskedRow]) -> MaskedRow:
+def _stack(rows: list[MaskedRow], part: slice) -> MaskedRow:
+    """The same part of each row."""
     return MaskedRow(
-        inputs=np.stack([row.inputs for row in rows]),
-        targets=np.stack([row.targets for row in rows]),
-        segments=np.stack([row.segments for row in rows]),
+        inputs=np.stack([row.inputs[part] for row in rows]),
+        targets=np.stack([row.targets[part] for row in rows]),
+        segments=np.stack([row.segments[part] for row in rows]),
     )
+
+
+def _asking_nothing(rows: MaskedRow) -> MaskedRow:
+    return replace(rows, targets=np.full_like(rows.targets, IGNORE))

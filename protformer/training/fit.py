@@ -18,7 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from protformer.checkpoint import save_model
+from protformer.checkpoint import save_weights
 from protformer.config import RunConfig, TrainingConfig, parse_duration
 from protformer.corpus.cluster_members import ClusterMembers
 from protformer.corpus.interacting_pairs import InteractingPairs
@@ -32,7 +32,7 @@ from protformer.device import (
     peak_memory_gb,
 )
 from protformer.errors import ConfigError, InputError, InterruptedRunError
-from protformer.evaluation.masked_lm import MaskedLmScores, evaluate_masked_lm
+from protformer.evaluation.masked_lm import MaskedLmScores, score_units, summarize_units
 from protformer.model.masked_lm_head import ProteinLanguageModel
 from protformer.model_description import ModelDescription, TrainingProvenance
 from protformer.training.callbacks import (
@@ -48,6 +48,14 @@ from protformer.training.masked_lm import MaskedLmTask
 from protformer.training.metrics_log import MetricsLog
 from protformer.training.micro_batches import MicroBatches
 from protformer.training.nonfinite import NonFiniteSteps
+from protformer.training.ranks import (
+    RankLayout,
+    build_strategy,
+    cluster_environment,
+    gather_over_ranks,
+    losses_of_ranks_told,
+    whole_windows,
+)
 from protformer.training.readiness_log import MAX_PROTEINS, ReadinessLog
 from protformer.training.run_folder import RunFolder, StorePaths
 from protformer.training.status_file import StatusFile
@@ -90,7 +98,8 @@ def train(
     """
     torch_device = choose_device(device)
     precision = choose_precision(config.training.precision, torch_device)
-    step_rows = rows_per_step(config, num_ranks=devices * num_nodes)
+    ranks = RankLayout(num_ranks=devices * num_nodes, context_parallel=config.training.context_parallel)
+    step_rows = rows_per_step(config, ranks)
     make_deterministic()
     corpus, validation_sets = open_corpus(run.load_stores())
     counts = _residue_counts(corpus)
@@ -100,11 +109,12 @@ def train(
     micro_batches = MicroBatches(
         config.training.accumulate_batches,
         step_rows=step_rows,
-        row_tokens=config.data.max_residues,
+        row_tokens=config.data.max_residues // ranks.context_parallel,
         device=torch_device,
+        with_others=ranks.num_ranks > 1 and (ranks.context_parallel > 1 or config.training.strategy == "fsdp"),
     )
     task = MaskedLmTask(model, config.training, micro_batches)
-    datamodule = ProteinDataModule(corpus, validation_sets, config, batch_rows=step_rows)
+    datamodule = ProteinDataModule(corpus, validation_sets, config, batch_rows=step_rows, ranks=ranks)
     callbacks = _build_callbacks(
         config, run, datamodule, describe=partial(_describe, config, corpus, counts), quiet=quiet
     )
@@ -117,7 +127,11 @@ def train(
             devices=devices,
             num_nodes=num_nodes,
         )
-        with callbacks.stop.listening(), memory_refused_in_time(torch_device):
+        with (
+            callbacks.stop.listening(),
+            memory_refused_in_time(torch_device),
+            losses_of_ranks_told(config.training),
+        ):
             _fit(trainer, task, datamodule, run)
             callbacks.checkpointing.save(trainer, task)
             if callbacks.stop.signal_name is None:
@@ -173,7 +187,9 @@ def _build_callbacks(
     checkpointing = Checkpointing(
         run,
         every_steps=training.checkpoint_every_steps,
-        save_model=lambda task, step: save_model(run.model, task.model, describe(step, metrics.tokens_seen)),
+        save_model=lambda weights, num_parameters, step: save_weights(
+            run.model, weights, describe(step, metrics.tokens_seen), num_parameters=num_parameters
+        ),
     )
     stop = StopRequest(
         checkpointing,
@@ -219,14 +235,16 @@ def open_corpus(paths: StorePaths) -> tuple[Corpus, dict[str, list[TokenStore]]]
     return corpus, sets
 
 
-def rows_per_step(config: RunConfig, *, num_ranks: int) -> int:
-    """Rows of a step on one device; an error if training.tokens_per_step does not divide into them."""
-    unit = config.data.max_residues * num_ranks
+def rows_per_step(config: RunConfig, ranks: RankLayout) -> int:
+    """Rows of a step on one device, or on those that share rows; an error if training.tokens_per_step does not divide
+    into them."""
+    unit = config.data.max_residues * ranks.num_data_ranks
     tokens, parts = config.training.tokens_per_step, config.training.accumulate_batches
     if tokens % unit:
+        nearest = max(1, round(tokens / unit)) * unit
         raise ConfigError(
             f"training.tokens_per_step: {tokens} is not a multiple of data.max_residues ({config.data.max_residues}) x"
-            f" devices ({num_ranks}) = {unit}; the nearest is {max(1, round(tokens / unit)) * unit}"
+            f" devices with rows of their own ({ranks.num_data_ranks}) = {unit}; the nearest is {nearest}"
         )
     rows = tokens // unit
     if parts != "auto" and parts > rows:
@@ -250,6 +268,8 @@ def _build_trainer(
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=devices,
         num_nodes=num_nodes,
+        strategy=build_strategy(config, num_ranks=devices * num_nodes),
+        plugins=cluster_environment(),
         precision="bf16-mixed" if uses_bf16 else "32-true",
         max_steps=config.max_steps,
         max_epochs=-1,
@@ -310,11 +330,13 @@ def _validate(
     scores: dict[str, MaskedLmScores] = {}
     gives_up = may_give_up and trainer.world_size == 1
     task.model.eval()
-    with trainer.strategy.precision_plugin.forward_context():
+    with whole_windows(task.model), trainer.strategy.precision_plugin.forward_context():
         for name in datamodule.validation_sets:
-            batches = datamodule.validation_batches(name, rank=0, num_ranks=1)
+            batches = datamodule.validation_batches(name, rank=trainer.global_rank, num_ranks=trainer.world_size)
             unless_stopped = takewhile(lambda batch: not (gives_up and stop.signal_name), batches)
-            of_set = evaluate_masked_lm(task.model, (batch.to(task.device) for batch in unless_stopped), frequencies)
+            on_device = (batch.to(task.device) for batch in unless_stopped)
+            of_ranks = gather_over_ranks(score_units(task.model, on_device, frequencies))
+            of_set = summarize_units(torch.cat(of_ranks))
             if of_set is not None:
                 scores[name] = of_set
     task.model.train()

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -20,6 +21,7 @@ from protformer.model.masked_lm_head import ProteinLanguageModel
 from protformer.training.datamodule import TrainingBatch
 from protformer.training.micro_batches import MicroBatches, sums_over_rows
 from protformer.training.optimizer import build_optimizer, learning_rate_factor
+from protformer.training.ranks import spread_model
 
 
 class MaskedLmTask(pl.LightningModule):
@@ -33,6 +35,12 @@ class MaskedLmTask(pl.LightningModule):
         self.micro_batches = micro_batches
         self.last_loss_sum = torch.zeros(())
         """Sum of the cross-entropy over this rank's asked positions of the last step, in nats."""
+
+    def configure_model(self) -> None:
+        """The processes have met; a model that is to be split over them is split now."""
+        strategy = self.trainer.strategy
+        mesh = strategy.device_mesh["data_parallel"] if isinstance(strategy, ModelParallelStrategy) else None
+        spread_model(self.model, self.config, mesh)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
@@ -74,6 +82,8 @@ class MaskedLmTask(pl.LightningModule):
         if self.trainer.world_size == 1:
             return
         sums = sums_over_rows(self)
+        if not sums:
+            return
         flat = torch.cat([x.flatten() for x in sums])
         totals = self.trainer.strategy.reduce(flat, reduce_op="sum").split([x.numel() for x in sums])
         for own, total in zip(sums, totals, strict=True):

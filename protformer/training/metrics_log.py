@@ -16,6 +16,7 @@ from protformer.device import peak_memory_gb
 from protformer.evaluation.masked_lm import MaskedLmScores
 from protformer.training.datamodule import TrainingBatch
 from protformer.training.masked_lm import MaskedLmTask
+from protformer.training.ranks import over_ranks
 from protformer.training.run_folder import (
     VALIDATION_FIELDS,
     RunFolder,
@@ -130,14 +131,15 @@ class MetricsLog(pl.Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, MaskedLmTask)
-        loss_sum = float(pl_module.last_loss_sum)
+        own = [float(pl_module.last_loss_sum), batch.num_asked, batch.num_tokens, batch.num_residues]
+        loss_sum, num_asked, num_tokens, num_residues = over_ranks(trainer, own, "sum")
         if math.isfinite(loss_sum):
             self.loss_sum += loss_sum
-            self.num_asked += batch.num_asked
-        self.tokens_seen += batch.num_tokens * trainer.world_size
-        self.residues_seen += batch.num_residues * trainer.world_size
-        self._sitting_residues += batch.num_residues * trainer.world_size
-        self._tokens_in_interval += batch.num_tokens * trainer.world_size
+            self.num_asked += int(num_asked)
+        self.tokens_seen += int(num_tokens)
+        self.residues_seen += int(num_residues)
+        self._sitting_residues += int(num_residues)
+        self._tokens_in_interval += int(num_tokens)
         step = trainer.global_step
         validates = step % self.validate_every_steps == 0
         if validates or step % self.log_every_steps == 0:

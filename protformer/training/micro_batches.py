@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from protformer.attention.favor_statistics import Moments
 from protformer.device import is_out_of_memory, release_cached_memory
@@ -30,11 +31,20 @@ class MicroBatches:
     """Rows that go through the model at once."""
 
     def __init__(
-        self, accumulate_batches: int | Literal["auto"], *, step_rows: int, row_tokens: int, device: torch.device
+        self,
+        accumulate_batches: int | Literal["auto"],
+        *,
+        step_rows: int,
+        row_tokens: int,
+        device: torch.device,
+        with_others: bool = False,
     ) -> None:
-        """`step_rows` rows of `row_tokens` tokens make a step on this rank."""
+        """`step_rows` rows of `row_tokens` tokens make a step on this rank.
+
+        `with_others`: ranks exchange numbers on the way through the model, so none can have other parts than the rest.
+        """
         self.step_rows, self.row_tokens = step_rows, row_tokens
-        self.may_halve = accumulate_batches == "auto"
+        self.may_halve = accumulate_batches == "auto" and not with_others
         if accumulate_batches != "auto":
             self.rows = -(-step_rows // accumulate_batches)
         elif device.type == "cpu":
@@ -82,7 +92,7 @@ class MicroBatches:
             f"lower data.max_residues (now {self.row_tokens}), or add --set training.activation_checkpointing=true"
         )
         if not self.may_halve and self.rows > 1:
-            remedies = f"raise training.accumulate_batches or set it to auto, {remedies}"
+            remedies = f"raise training.accumulate_batches (on one device it may be auto), {remedies}"
         if not self.may_halve or self.rows == 1:
             rows = "one row" if self.rows == 1 else f"{self.rows} rows"
             raise ConfigError(f"out of memory with {rows} of {self.row_tokens} tokens at a time; {remedies}")
@@ -95,7 +105,11 @@ class MicroBatches:
 
 
 def sums_over_rows(module: nn.Module) -> list[Tensor]:
-    """What a rank sums up over its rows of a step: gradients, and the moments that some kinds of attention gather."""
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    """What a rank sums up over its rows of a step: gradients, and the moments that some kinds of attention gather.
+
+    Gradients of sharded weights are summed over ranks already.
+    """
+    of_all = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    gradients = [gradient for gradient in of_all if not isinstance(gradient, DTensor)]
     moments = [part for part in module.modules() if isinstance(part, Moments)]
     return gradients + [x for part in moments for x in (part.gathered, part.num_gathered)]

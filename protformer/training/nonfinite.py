@@ -22,6 +22,7 @@ from protformer.model.masked_lm_head import ProteinLanguageModel
 from protformer.training.callbacks import Checkpointing, StepCallback, weights_are_finite
 from protformer.training.datamodule import TrainingBatch
 from protformer.training.masked_lm import MaskedLmTask
+from protformer.training.ranks import is_sharded, over_ranks, whole
 
 
 class NonFiniteSteps(StepCallback):
@@ -56,12 +57,9 @@ class NonFiniteSteps(StepCallback):
         assert isinstance(pl_module, MaskedLmTask)
         self._learning_rate = optimizer.param_groups[0]["lr"]
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        self.gradient_norm = float(norm)
+        self.gradient_norm = float(whole(nn.utils.get_total_norm(gradients)))
         is_faulty = not (math.isfinite(self.gradient_norm) and math.isfinite(float(pl_module.last_loss_sum)))
-        if trainer.world_size > 1:  # all ranks skip a step, or none
-            anywhere = trainer.strategy.reduce(norm.new_tensor(float(is_faulty)), reduce_op="sum")
-            is_faulty = bool(anywhere > 0)
+        is_faulty = bool(over_ranks(trainer, [is_faulty], "max")[0])  # all ranks skip a step, or none
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_faulty else 0
         self.skipped_steps += is_faulty
         if is_faulty:
@@ -74,9 +72,11 @@ class NonFiniteSteps(StepCallback):
         if self.skipped_in_a_row < self.max_in_a_row:
             return
         self.skipped_in_a_row = 0  # a resume may try as many again
-        origin = find_nonfinite(task.model, batches, trainer.strategy.precision_plugin.forward_context)
+        origin = "where it began is only looked for in runs whose model is not split over devices"
+        if not is_sharded(task.model) and task.model.encoder.group is None:
+            origin = find_nonfinite(task.model, batches, trainer.strategy.precision_plugin.forward_context)
         run = self.checkpointing.run
-        if weights_are_finite(task):
+        if weights_are_finite(trainer, task):
             self.checkpointing.save(trainer, task)
             way_out = f"the weights from before are saved; begin another run from them with --init-from {run.root} and"
         else:

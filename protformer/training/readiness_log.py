@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from protformer.evaluation.model_readiness import model_readiness
 from protformer.training.callbacks import StepCallback
 from protformer.training.masked_lm import MaskedLmTask
+from protformer.training.ranks import whole_windows
 from protformer.training.run_folder import RunFolder, append_metrics, keep_metrics_until
 
 FIELDS = (
@@ -35,7 +36,7 @@ class ReadinessLog(StepCallback):
         if step % self.every_steps or not trainer.is_global_zero:
             return
         task.model.eval()
-        with trainer.strategy.precision_plugin.forward_context():
+        with whole_windows(task.model), trainer.strategy.precision_plugin.forward_context():
             reports = model_readiness(task.model, self.proteins, num_features=None)
         task.model.train()
         append_metrics(self.run.readiness, [{"step": step, **report.as_json()} for report in reports], FIELDS)

@@ -6,18 +6,20 @@ data are read; a run folder appears only with its first content.
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from protformer.config import RunConfig, dump_yaml, load_run_config, override_run
 from protformer.corpus.token_store import TokenStore
-from protformer.device import choose_device, is_launched_helper
-from protformer.errors import ConfigError, InputError, InterruptedRunError, OutputError
+from protformer.device import choose_device, launched_rank, launched_size
+from protformer.errors import ConfigError, InputError, InterruptedRunError, LostRankError, OutputError
 from protformer.evaluation.masked_lm import MaskedLmScores
 from protformer.run_status import sole_process
 from protformer.training.fit import RunSummary, rows_per_step, train
+from protformer.training.ranks import RankLayout
 from protformer.training.run_folder import RunFolder
 from protformer.training.run_stores import Console, prepare_stores
 from protformer.training.sampling_tables import (
@@ -39,10 +41,16 @@ RESUMABLE_CHANGES = frozenset(
         "log_every_steps",
         "checkpoint_every_steps",
         "precision",
+        "strategy",
+        "context_parallel",
+        "rank_timeout",
         "accumulate_batches",
     )
 ) | {"data.num_workers"}
 """Fields that may differ on a resume: they do not change what is learned, or only by rounding."""
+
+PREPARATION_SECONDS, POLL_SECONDS = 24 * 3600.0, 0.5
+"""How long the other processes of a job wait for the first one to read FASTA, and how often they look."""
 
 STARTING_MARK = ".protformer-starting"
 """Lies in a run folder that this program has made, until the run has its token stores and config.yaml."""
@@ -80,13 +88,14 @@ class RunRequest:
 def run_training(request: RunRequest, console: Console) -> str:
     """Train as requested; the closing summary."""
     run = RunFolder(request.out)
-    if is_launched_helper():  # the first process has made the run folder, and reports
-        _train(request, load_run_config(str(run.config)), run)
-        return ""
+    request = _for_all_processes(request)
+    if launched_rank() > 0:
+        return _follow(request, run)
     is_new = _check_folder(run, resume=request.resume)
     config = _resolve_config(request, None if is_new else load_run_config(str(run.config)))
     choose_device(request.device)
-    rows_per_step(config, num_ranks=request.devices * request.num_nodes)
+    num_ranks = request.devices * request.num_nodes
+    rows_per_step(config, RankLayout(num_ranks=num_ranks, context_parallel=config.training.context_parallel))
     if is_new:
         _prepare_stores(request, run, config, console)
     else:
@@ -95,6 +104,33 @@ def run_training(request: RunRequest, console: Console) -> str:
         if not is_new:
             _write_config(run, config)
         return describe_summary(_train(request, config, run))
+
+
+def _for_all_processes(request: RunRequest) -> RunRequest:
+    """Where a launcher has started all processes, it has decided how many there are."""
+    size = launched_size()
+    if size is None:
+        return request
+    asked = (request.devices, request.num_nodes)
+    if asked not in ((1, 1), size):
+        raise ConfigError(
+            f"--devices {asked[0]} --num-nodes {asked[1]}: {size[0]} processes on each of {size[1]} nodes were started;"
+            f" leave these options out"
+        )
+    return replace(request, devices=size[0], num_nodes=size[1])
+
+
+def _follow(request: RunRequest, run: RunFolder) -> str:
+    """Train along with the first process of the job, which makes the run folder, and reports."""
+    deadline = time.monotonic() + PREPARATION_SECONDS
+    while not run.config.is_file():
+        if time.monotonic() > deadline:
+            raise LostRankError(f"{run.config}: the first process has not written it in {PREPARATION_SECONDS:.0f} s")
+        time.sleep(POLL_SECONDS)
+    config = _resolve_config(request, load_run_config(str(run.config)) if request.resume else None)
+    with suppress(InterruptedRunError):
+        _train(request, config, run)
+    return ""
 
 
 def _train(request: RunRequest, config: RunConfig, run: RunFolder) -> RunSummary:
