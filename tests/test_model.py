@@ -185,9 +185,7 @@ def test_blocks_along_the_residues_change_nothing_without_autograd(monkeypatch, 
     segments = torch.ones_like(row)
     whole = model(row, segments)
     blocks = []
-    monkeypatch.setattr(
-        encoder, "INFERENCE_BLOCK_TOKENS", 20
-    )  # 10 residues of each of the 2 rows; the last block has 8
+    monkeypatch.setattr(encoder, "BLOCK_TOKENS", 20)  # 10 residues of each of the 2 rows; the last block has 8
     norm = model.encoder.blocks[0].feed_forward_norm
     norm.register_forward_hook(lambda module, arguments, output: blocks.append(output.shape[1]))
     with torch.no_grad():

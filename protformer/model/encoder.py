@@ -4,7 +4,8 @@ In: tokens and segments of a batch of rows. Out: hidden states. The kind of atte
 (`protformer.attention`); projections, rotary positions and dropout live here once for all kinds. The time is linear
 in the length for linear kinds. Without autograd, everything but attention works in blocks along the residues, so that
 nothing as wide as the feed-forward is ever as long as the row: a row of a million residues needs little more than its
-states, queries, keys and values.
+states, queries, keys and values. So do layers that are computed again in the backward pass (activation checkpointing:
+Chen et al. 2016), of which only the inputs are kept.
 
 Source: pre-LN Transformer (Xiong et al. 2020), as in ESM-2 and in the released protein_lm; rotary positions (Su et
 al. 2021) instead of the paper's learned absolute ones, so that no longest length is built in; optional normalisation of
@@ -13,12 +14,13 @@ queries and keys (Henry et al. 2020, with RMSNorm).
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from protformer.alphabet import NUM_TOKENS, PAD
 from protformer.attention import build_attention
@@ -27,8 +29,8 @@ from protformer.model.rotary import positions_in_segments, rotary_angles, rotate
 
 Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
-INFERENCE_BLOCK_TOKENS = 16_384
-"""Tokens (rows times residues) of a block without autograd: large enough for full speed of the matrix products."""
+BLOCK_TOKENS = 16_384
+"""Tokens (rows times residues) of a block: large enough for full speed of the matrix products."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +87,12 @@ class Encoder(nn.Module):
             yield block.queries_keys_values(x, angles)
             x = block(x, angles, segments)
 
+    def recompute_in_backward(self) -> None:
+        """Keep only what enters each layer, and compute the rest again for the gradients (activation checkpointing)."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.recomputes = True
+
     def redraw_features(self, step: int) -> None:
         """Let every layer draw new random features if its schedule says so after `step` optimizer steps."""
         for block in self.blocks:
@@ -121,6 +129,8 @@ class Block(nn.Module):
         self.feed_forward_input = nn.Linear(size, config.feed_forward_size)
         self.feed_forward_output = nn.Linear(config.feed_forward_size, size)
         self.dropout = nn.Dropout(config.dropout)
+        self.recomputes = False
+        """Whether the backward pass computes the block again, from nothing but its input, instead of keeping all."""
 
     def forward(
         self,
@@ -128,13 +138,28 @@ class Block(nn.Module):
         angles: tuple[Tensor, Tensor],
         segments: Int[Tensor, "batch residue"],
     ) -> Float[Tensor, "batch residue channel"]:
+        computed: Tensor
+        if self.recomputes and torch.is_grad_enabled():
+            computed = self._recomputed(self._compute, x, angles, segments)
+        else:
+            computed = self._compute(x, angles, segments)
+        return computed
+
+    def _compute(self, x: Tensor, angles: tuple[Tensor, Tensor], segments: Tensor) -> Tensor:
         attended = self.attention(*self.queries_keys_values(x, angles), segments).transpose(1, 2)
 
         def finish(part: slice) -> tuple[Tensor]:
             return (self._after_attention(x[:, part], attended[:, part].flatten(2)),)
 
+        if self.recomputes and torch.is_grad_enabled():
+            # Of what is as wide as the feed-forward, the backward pass then holds one block at a time.
+            parts = [self._recomputed(finish, part)[0] for part in block_slices(x)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         (finished,) = in_blocks(finish, x, dim=1)
         return finished
+
+    def _recomputed(self, compute: Callable[..., Any], *inputs: Any) -> Any:
+        return checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=self.dropout.p > 0)
 
     def queries_keys_values(
         self, x: Float[Tensor, "batch residue channel"], angles: tuple[Tensor, Tensor]
@@ -165,17 +190,23 @@ def in_blocks(compute: Callable[[slice], Tensors], x: Float[Tensor, "batch resid
 
     The parts go into their places one by one: collecting them first would hold everything twice.
     """
-    batch, length, _ = x.shape
-    block = max(1, INFERENCE_BLOCK_TOKENS // batch)
-    if torch.is_grad_enabled() or length <= block:
+    length, blocks = x.shape[1], block_slices(x)
+    if torch.is_grad_enabled() or len(blocks) == 1:
         return compute(slice(0, length))
     joined: list[Tensor] = []
-    for start in range(0, length, block):
-        parts = compute(slice(start, start + block))
+    for block in blocks:
+        parts = compute(block)
         joined = joined or [part.new_empty((*part.shape[:dim], length, *part.shape[dim + 1 :])) for part in parts]
         for whole, part in zip(joined, parts, strict=True):
-            whole.narrow(dim, start, part.shape[dim]).copy_(part)
+            whole.narrow(dim, block.start, part.shape[dim]).copy_(part)
     return cast(Tensors, tuple(joined))
+
+
+def block_slices(x: Float[Tensor, "batch residue channel"]) -> list[slice]:
+    """The residues of x in blocks of about BLOCK_TOKENS tokens."""
+    batch, length, _ = x.shape
+    size = max(1, BLOCK_TOKENS // batch)
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ RESUMABLE_CHANGES = frozenset(
         "checkpoint_every_steps",
         "precision",
         "accumulate_batches",
+        "activation_checkpointing",
     )
 ) | {"data.num_workers"}
 """Fields that may differ on a resume: they do not change what is learned, or only by rounding."""
