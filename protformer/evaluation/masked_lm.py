@@ -66,8 +66,7 @@ def predict_targets(
 ) -> tuple[Float[Tensor, "asked token"], Int[Tensor, " asked"]]:
     """Logits at the asked positions, and the tokens asked for there."""
     asked = batch.targets != IGNORE
-    hidden = model.encoder(batch.inputs, batch.segments).hidden[asked]
-    return model.logits(hidden), batch.targets[asked]
+    return model.logits(model.encoder.states_at(batch.inputs, batch.segments, asked)), batch.targets[asked]
 
 
 def masked_lm_loss_sum(model: ProteinLanguageModel, batch: MaskedBatch) -> Float[Tensor, ""]:

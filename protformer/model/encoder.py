@@ -18,14 +18,14 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from protformer.alphabet import NUM_TOKENS, PAD
 from protformer.attention import build_attention
 from protformer.config import ModelConfig
-from protformer.model.rotary import positions_in_segments, rotary_angles, rotate
+from protformer.model.rotary import positions_in_segments, rotary_angles, rotate, split_and_rotate
 
 Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
@@ -66,6 +66,19 @@ class Encoder(nn.Module):
         for block in list(self.blocks)[:depth]:
             x = block(x, angles, segments)
         return EncoderOutput(hidden=self.final_norm(x) if depth == self.config.num_layers else x)
+
+    def states_at(
+        self,
+        tokens: Int[Tensor, "batch residue"],
+        segments: Int[Tensor, "batch residue"],
+        wanted: Bool[Tensor, "batch residue"],
+    ) -> Float[Tensor, "place channel"]:
+        """Hidden states of the wanted positions, row by row; the last layer's feed-forward works for no others."""
+        x, angles = self._embed(tokens, segments)
+        for block in list(self.blocks)[:-1]:
+            x = block(x, angles, segments)
+        states: Tensor = self.final_norm(self.blocks[-1](x, angles, segments, wanted=wanted))
+        return states
 
     def attention_maps(
         self, tokens: Int[Tensor, "batch residue"], segments: Int[Tensor, "batch residue"]
@@ -137,17 +150,28 @@ class Block(nn.Module):
         x: Float[Tensor, "batch residue channel"],
         angles: tuple[Tensor, Tensor],
         segments: Int[Tensor, "batch residue"],
-    ) -> Float[Tensor, "batch residue channel"]:
+        *,
+        wanted: Bool[Tensor, "batch residue"] | None = None,
+    ) -> Float[Tensor, "*place channel"]:
+        """The new states, of all positions or of the wanted ones."""
         computed: Tensor
         if self.recomputes and torch.is_grad_enabled():
-            computed = self._recomputed(self._compute, x, angles, segments)
+            computed = self._recomputed(self._compute, x, angles, segments, wanted)
         else:
-            computed = self._compute(x, angles, segments)
+            computed = self._compute(x, angles, segments, wanted)
         return computed
 
-    def _compute(self, x: Tensor, angles: tuple[Tensor, Tensor], segments: Tensor) -> Tensor:
+    def _compute(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], segments: Tensor, wanted: Tensor | None
+    ) -> Float[Tensor, "*place channel"]:
         attended = self.attention(*self.queries_keys_values(x, angles), segments).transpose(1, 2)
+        if wanted is None:
+            return self._finish(x, attended)
+        return self._finish(x[wanted].unsqueeze(0), attended[wanted].unsqueeze(0)).squeeze(0)
 
+    def _finish(
+        self, x: Float[Tensor, "batch residue channel"], attended: Float[Tensor, "batch residue head head_dim"]
+    ) -> Float[Tensor, "batch residue channel"]:
         def finish(part: slice) -> tuple[Tensor]:
             return (self._after_attention(x[:, part], attended[:, part].flatten(2)),)
 
@@ -168,11 +192,12 @@ class Block(nn.Module):
         cosine, sine = angles
 
         def project(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-            projected = self.query_key_value(self.attention_norm(x[:, part]))
-            q, k, v = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            q, k = self.query_norm(q), self.key_norm(k)
+            projected = self.query_key_value(self.attention_norm(x[:, part])).unflatten(-1, (3, self.num_heads, -1))
             turn = cosine[:, :, part], sine[:, :, part]
-            return rotate(q, *turn), rotate(k, *turn), v
+            if isinstance(self.query_norm, nn.Identity):
+                return split_and_rotate(projected, *turn)
+            q, k, v = projected.permute(2, 0, 3, 1, 4)
+            return rotate(self.query_norm(q), *turn), rotate(self.key_norm(k), *turn), v
 
         return in_blocks(project, x, dim=2)
 
@@ -206,7 +231,7 @@ def block_slices(x: Float[Tensor, "batch residue channel"]) -> list[slice]:
     """The residues of x in blocks of about BLOCK_TOKENS tokens."""
     batch, length, _ = x.shape
     size = max(1, BLOCK_TOKENS // batch)
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+    return [slice(start, min(start + size, length)) for start in range(0, max(1, length), size)]
 
 
 @torch.no_grad()
