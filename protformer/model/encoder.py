@@ -106,6 +106,12 @@ class Encoder(nn.Module):
             assert isinstance(block, Block)
             block.recomputes = True
 
+    def compile_layers(self) -> None:
+        """Let torch compile all of each layer but its attention, which works in blocks and threads of its own."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compile_parts()
+
     def redraw_features(self, step: int) -> None:
         """Let every layer draw new random features if its schedule says so after `step` optimizer steps."""
         for block in self.blocks:
@@ -144,6 +150,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.recomputes = False
         """Whether the backward pass computes the block again, from nothing but its input, instead of keeping all."""
+
+    def compile_parts(self) -> None:
+        """Let torch compile what comes before and behind the attention."""
+        for name in ("_project", "_after_attention"):
+            setattr(self, name, torch.compile(getattr(self, name), fullgraph=True))
 
     def forward(
         self,
@@ -190,16 +201,19 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries, rotated keys and values, each (batch, head, residue, head_dim)."""
         cosine, sine = angles
+        return in_blocks(lambda part: self._project(x[:, part], cosine[:, :, part], sine[:, :, part]), x, dim=2)
 
-        def project(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-            projected = self.query_key_value(self.attention_norm(x[:, part])).unflatten(-1, (3, self.num_heads, -1))
-            turn = cosine[:, :, part], sine[:, :, part]
-            if isinstance(self.query_norm, nn.Identity):
-                return split_and_rotate(projected, *turn)
-            q, k, v = projected.permute(2, 0, 3, 1, 4)
-            return rotate(self.query_norm(q), *turn), rotate(self.key_norm(k), *turn), v
-
-        return in_blocks(project, x, dim=2)
+    def _project(
+        self,
+        x: Float[Tensor, "batch residue channel"],
+        cosine: Float[Tensor, "batch 1 residue pair"],
+        sine: Float[Tensor, "batch 1 residue pair"],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        projected = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1))
+        if isinstance(self.query_norm, nn.Identity) and not torch.compiler.is_compiling():
+            return split_and_rotate(projected, cosine, sine)
+        q, k, v = projected.permute(2, 0, 3, 1, 4)
+        return rotate(self.query_norm(q), cosine, sine), rotate(self.key_norm(k), cosine, sine), v
 
     def _after_attention(
         self, x: Float[Tensor, "batch residue channel"], attended: Float[Tensor, "batch residue channel"]

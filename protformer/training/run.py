@@ -38,6 +38,7 @@ RESUMABLE_CHANGES = frozenset(
         "precision",
         "accumulate_batches",
         "activation_checkpointing",
+        "compile",
     )
 ) | {"data.num_workers"}
 """Fields that may differ on a resume: they do not change what is learned, or only by rounding."""
