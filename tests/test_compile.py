@@ -51,5 +51,6 @@ def test_compiling_without_a_compiler_is_one_line(fasta, tmp_path):
     environment = os.environ | {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert finished.returncode == 1
+    assert not (tmp_path / "run").exists()
     last = finished.stderr.strip().splitlines()[-1]
     assert last.startswith("error: training.compile: torch.compile does not work on this machine: ")

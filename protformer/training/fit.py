@@ -23,13 +23,7 @@ from protformer.corpus.cluster_members import ClusterMembers
 from protformer.corpus.interacting_pairs import InteractingPairs
 from protformer.corpus.sampling import Corpus
 from protformer.corpus.token_store import TokenStore
-from protformer.device import (
-    choose_device,
-    choose_precision,
-    make_deterministic,
-    memory_refused_in_time,
-    require_compiler,
-)
+from protformer.device import choose_device, choose_precision, make_deterministic, memory_refused_in_time
 from protformer.errors import ConfigError, InputError, InterruptedRunError
 from protformer.evaluation.figures import plot_training_curves
 from protformer.evaluation.masked_lm import MaskedLmScores, evaluate_masked_lm
@@ -79,8 +73,6 @@ def train(
     """
     torch_device = choose_device(device)
     precision = choose_precision(config.training.precision, torch_device)
-    if config.training.compile:
-        require_compiler(torch_device)
     step_rows = rows_per_step(config, num_ranks=devices * num_nodes)
     make_deterministic()
     corpus, validation_stores = open_corpus(run.load_stores())

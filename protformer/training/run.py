@@ -13,7 +13,7 @@ from pathlib import Path
 
 from protformer.config import RunConfig, dump_yaml, load_run_config, override_run
 from protformer.corpus.token_store import TokenStore
-from protformer.device import choose_device, is_launched_helper
+from protformer.device import choose_device, is_launched_helper, require_compiler
 from protformer.errors import ConfigError, InputError, InterruptedRunError, OutputError
 from protformer.evaluation.masked_lm import MaskedLmScores
 from protformer.training.fit import RunSummary, rows_per_step, train
@@ -83,7 +83,9 @@ def run_training(request: RunRequest, console: Console) -> str:
         return ""
     is_new = _check_folder(run, resume=request.resume)
     config = _resolve_config(request, None if is_new else load_run_config(str(run.config)))
-    choose_device(request.device)
+    device = choose_device(request.device)
+    if config.training.compile:
+        require_compiler(device)
     rows_per_step(config, num_ranks=request.devices * request.num_nodes)
     if is_new:
         _prepare_stores(request, run, config, console)
