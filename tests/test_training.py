@@ -228,7 +228,8 @@ def test_an_empty_folder_may_become_the_run_and_stays_after_a_mistake(tmp_path, 
 def test_a_diverged_run_keeps_the_last_good_checkpoint(fasta, tmp_path, capsys):
     out = tmp_path / "run"
     command = arguments(fasta, out, training__learning_rate="1e30", training__checkpoint_every_steps=1)
-    assert "not finite, the run has diverged" in fails_with(capsys, command)
+    message = fails_with(capsys, command)
+    assert "not finite, the run has diverged: the first layer whose output is not finite is encoder.blocks.0" in message
     saved = out / "model" / "model.safetensors"
     assert not saved.exists() or all(np.isfinite(array).all() for array in load_file(saved).values())
 

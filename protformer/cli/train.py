@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from protformer.cli.options import FilePath, device_option, fasta_option, quiet_option
+from protformer.cli.stop_signals import stop_signals_interrupt
 
 
 @click.command("train")
@@ -72,29 +73,30 @@ def command(
     Example:
       protformer train --fasta trembl.fa.gz --config small --out runs/trembl
     """
-    from protformer.cli.progress import StderrConsole
-    from protformer.training.run import RunRequest, run_training
+    with stop_signals_interrupt():
+        from protformer.cli.progress import StderrConsole
+        from protformer.training.run import RunRequest, run_training
 
-    summary = run_training(
-        RunRequest(
-            fasta=fasta,
-            out=out,
-            config_source=config,
-            overrides=overrides,
-            validation_fasta=val_fasta,
-            clusters=clusters,
-            pairs=pairs,
-            cache_dir=cache_dir,
-            max_steps=max_steps,
-            max_time=max_time,
-            devices=devices,
-            num_nodes=num_nodes,
-            seed=seed,
-            resume=resume,
-            device=device,
-            quiet=quiet,
-        ),
-        StderrConsole(quiet=quiet),
-    )
-    if summary:
-        click.echo(summary)
+        summary = run_training(
+            RunRequest(
+                fasta=fasta,
+                out=out,
+                config_source=config,
+                overrides=overrides,
+                validation_fasta=val_fasta,
+                clusters=clusters,
+                pairs=pairs,
+                cache_dir=cache_dir,
+                max_steps=max_steps,
+                max_time=max_time,
+                devices=devices,
+                num_nodes=num_nodes,
+                seed=seed,
+                resume=resume,
+                device=device,
+                quiet=quiet,
+            ),
+            StderrConsole(quiet=quiet),
+        )
+        if summary:
+            click.echo(summary)

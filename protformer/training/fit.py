@@ -40,7 +40,7 @@ from protformer.training.curves import draw_curves
 from protformer.training.datamodule import ProteinDataModule
 from protformer.training.masked_lm import MaskedLmTask
 from protformer.training.metrics_log import MetricsLog
-from protformer.training.nonfinite import NonFiniteSteps
+from protformer.training.nonfinite import NonFiniteSteps, find_nonfinite
 from protformer.training.readiness_log import MAX_PROTEINS, ReadinessLog
 from protformer.training.run_folder import RunFolder, StorePaths
 from protformer.training.status_file import StatusFile
@@ -305,10 +305,14 @@ def _validate(
     task.model.train()
     if gives_up and stop.signal_name:
         return None
-    if not all(math.isfinite(of_set.perplexity) for of_set in scores.values()):
-        raise InputError(
-            "validation gave a perplexity that is not finite: the run has diverged; lower the learning rate"
-        )
+    for name, of_set in scores.items():
+        if not math.isfinite(of_set.loss):
+            batches = (batch.to(task.device) for batch in datamodule.validation_batches(name, rank=0, num_ranks=1))
+            origin = find_nonfinite(task.model, batches, trainer.strategy.precision_plugin.forward_context)
+            raise InputError(
+                f"step {trainer.global_step}: validation gave a loss that is not finite, the run has diverged:"
+                f" {origin}; the last checkpoint before is kept; begin another run with a lower training.learning_rate"
+            )
     return scores
 
 

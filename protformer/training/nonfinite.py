@@ -6,7 +6,7 @@ layer that gave a number which is not finite, with the state from before saved.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -91,7 +91,7 @@ class NonFiniteSteps(StepCallback):
 
 def find_nonfinite(
     model: ProteinLanguageModel,
-    batches: list[MaskedBatch],
+    batches: Iterable[MaskedBatch],
     context: Callable[[], AbstractContextManager[Any]],
 ) -> str:
     """Where a number first is not finite: in the weights, on the way forward, or on the way back; row by row.
