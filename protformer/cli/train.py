@@ -34,6 +34,12 @@ from protformer.cli.stop_signals import stop_signals_interrupt
     help="Keep token stores there for other runs, instead of in the run folder.",
 )
 @click.option(
+    "--init-from",
+    type=FilePath,
+    metavar="MODEL",
+    help="Begin with the weights of a model folder or run; model.* is then that model's.",
+)
+@click.option(
     "--max-steps", type=click.IntRange(min=1), metavar="N", help="Stop there; counted from the start of the run."
 )
 @click.option("--max-time", metavar="HH:MM:SS", help="Stop after this time of training.")
@@ -54,6 +60,7 @@ def command(
     clusters: str | None,
     pairs: str | None,
     cache_dir: Path | None,
+    init_from: Path | None,
     max_steps: int | None,
     max_time: str | None,
     devices: int,
@@ -87,6 +94,7 @@ def command(
                 clusters=clusters,
                 pairs=pairs,
                 cache_dir=cache_dir,
+                init_from=init_from,
                 max_steps=max_steps,
                 max_time=max_time,
                 devices=devices,

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -38,7 +38,16 @@ from protformer.training.callbacks import (
 )
 from protformer.training.curves import draw_curves
 from protformer.training.datamodule import ProteinDataModule
+from protformer.training.fine_tuning import (
+    InitialWeights,
+    add_lora,
+    freeze_lower_layers,
+    load_initial_weights,
+    read_initial_weights,
+    without_lora,
+)
 from protformer.training.masked_lm import MaskedLmTask
+from protformer.training.metric_sinks import open_metric_sinks
 from protformer.training.metrics_log import MetricsLog
 from protformer.training.nonfinite import NonFiniteSteps, find_nonfinite
 from protformer.training.readiness_log import MAX_PROTEINS, ReadinessLog
@@ -88,12 +97,12 @@ def train(
     corpus, validation_sets = open_corpus(run.load_stores())
     counts = _residue_counts(corpus)
     torch.manual_seed(config.seed)
-    model = ProteinLanguageModel(config.model, seed=config.seed)
-    model.start_from_counts(counts)
+    initial = read_initial_weights(run)
+    model = _build_model(config, counts, None if run.checkpoint.exists() else initial)
     task = MaskedLmTask(model, config.training)
     datamodule = ProteinDataModule(corpus, validation_sets, config, batch_rows=batch_rows)
     callbacks = _build_callbacks(
-        config, run, datamodule, describe=partial(_describe, config, corpus, counts), quiet=quiet
+        config, run, datamodule, describe=partial(_describe, config, corpus, counts, initial), quiet=quiet
     )
     with _lightning_kept_quiet():
         trainer = _build_trainer(
@@ -131,6 +140,19 @@ def train(
     )
 
 
+def _build_model(config: RunConfig, counts: list[int], initial: InitialWeights | None) -> ProteinLanguageModel:
+    """The model as it begins, by `initial` if that is given; a checkpoint replaces all its weights."""
+    model = ProteinLanguageModel(config.model, seed=config.seed)
+    if initial is None:
+        model.start_from_counts(counts)
+    else:
+        load_initial_weights(model, initial)
+    freeze_lower_layers(model.encoder, config.training.frozen_layers)
+    if config.training.lora is not None:
+        add_lora(model, config.training.lora)
+    return model
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Callbacks:
     """Those that `train` asks for something, and the others."""
@@ -160,7 +182,11 @@ def _build_callbacks(
     checkpointing = Checkpointing(
         run,
         every_steps=training.checkpoint_every_steps,
-        save_model=lambda task, step: save_model(run.model, task.model, describe(step, metrics.tokens_seen)),
+        save_model=lambda task, step: save_model(
+            run.model,
+            task.model if training.lora is None else without_lora(task.model),
+            describe(step, metrics.tokens_seen),
+        ),
     )
     stop = StopRequest(
         checkpointing,
@@ -175,6 +201,7 @@ def _build_callbacks(
         gradients=nonfinite,
         validate=partial(_validate, datamodule, frequencies, stop),
         redraw_curves=partial(draw_curves, run),
+        sinks=open_metric_sinks(config, run, asdict(config)),
     )
     others: list[pl.Callback] = [StepRandomness(config.seed), nonfinite]
     if training.log_readiness and datamodule.validation_sets:
@@ -254,7 +281,12 @@ def _fit(trainer: pl.Trainer, task: MaskedLmTask, datamodule: ProteinDataModule,
 
 
 def _describe(
-    config: RunConfig, corpus: Corpus, residue_counts: list[int], steps: int, tokens_seen: int
+    config: RunConfig,
+    corpus: Corpus,
+    residue_counts: list[int],
+    initial: InitialWeights | None,
+    steps: int,
+    tokens_seen: int,
 ) -> ModelDescription:
     manifests = [store.manifest for store in corpus.stores]
     masking = config.data.masking
@@ -272,6 +304,7 @@ def _describe(
             masking_rate=masking.rate,
             masking_scheme=masking.scheme,
             masking_span_mean_length=masking.span_mean_length,
+            initial_model=None if initial is None else initial.model,
         ),
         residue_counts=residue_counts,
     )

@@ -5,8 +5,10 @@ RUN/store, RUN/validation     token stores (validation is absent when nothing is
                               second --fasta has RUN/store-2 and RUN/validation-2, and so on; a second --val-fasta
                               has RUN/validation-2
 RUN/clusters, RUN/pairs.npy   what --clusters and --pairs gave, as indices of proteins
+RUN/initial_model.json        what --init-from named
 RUN/metrics.csv, curves.png   figures as they come; also readiness.csv if training.log_readiness is on
 RUN/validation.csv            a line for each validation and set of held-out proteins
+RUN/tensorboard, wandb        the same figures, where these packages are (`metric_sinks`)
 RUN/status.json, .running     how far the run has come, and the lock of the process that trains (`run_status`)
 RUN/checkpoints/last.ckpt     state for --resume only
 RUN/model/                    the model folder
@@ -76,6 +78,14 @@ class RunFolder:
     @property
     def curves(self) -> Path:
         return self.root / "curves.png"
+
+    @property
+    def initial_model(self) -> Path:
+        return self.root / "initial_model.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
 
     @property
     def checkpoint(self) -> Path:
