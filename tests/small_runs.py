@@ -56,6 +56,7 @@ def assert_same_weights(first, second):
 def assert_same_run(first, second):
     assert_same_weights(first, second)
     assert metrics(first) == metrics(second)
+    assert (first / "validation.csv").read_text() == (second / "validation.csv").read_text()
     assert (first / "model" / "config.json").read_text() == (second / "model" / "config.json").read_text()
 
 
