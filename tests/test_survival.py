@@ -122,7 +122,7 @@ def spoil_gradient(model):
     ("spoil", "told"),
     [
         (spoil_weight, "the weights encoder.blocks.1.attention_output.weight are not finite"),
-        (spoil_output, "the first layer whose output is not finite is encoder.blocks.1.feed_forward_input"),
+        (spoil_output, "the first layer whose output is not finite is encoder.blocks.1.feed_forward_"),
         (spoil_gradient, "the gradient is first not finite at encoder.blocks.1.feed_forward_output.weight"),
         (lambda model: None, "every layer gave finite numbers"),
     ],
@@ -142,14 +142,22 @@ def test_a_finished_run_that_is_resumed_has_the_same_rows(fasta, undisturbed, tm
     assert [row["step"] for row in rows] == ["3", "4", "6"]
     assert rows[-1]["train_loss"]
     assert rows[-1]["val_loss"]
-    # As if it had been killed between the last checkpoint and the last row, too.
-    lines = (out / "metrics.csv").read_text().splitlines(keepends=True)
-    for kept in (lines, lines[:-1]):
-        (out / "metrics.csv").write_text("".join(kept))
+    finished = {name: (out / name).read_text() for name in ("metrics.csv", "validation.csv")}
+    # As it is, then as if it had been killed before the last validation, then between the two tables.
+    *first, last = finished["metrics.csv"].splitlines(keepends=True)
+    fields = dict(zip(first[0].strip().split(","), last.strip().split(","), strict=True))
+    unvalidated = {name: "" if name.startswith(("val_", "unigram_")) else value for name, value in fields.items()}
+    killed = "".join(first) + ",".join(unvalidated.values()) + "\r\n"
+    without_set = "".join(finished["validation.csv"].splitlines(keepends=True)[:-1])
+    for left in (
+        finished,
+        {"metrics.csv": killed, "validation.csv": without_set},
+        finished | {"validation.csv": without_set},
+    ):
+        for name, text in left.items():
+            (out / name).write_bytes(text.encode())
         assert run(arguments(fasta, out, "--resume", **sparse)) == 0
-        assert [row["step"] for row in metrics(out)] == ["3", "4", "6"]
-        assert metrics(out)[-1]["val_loss"] == rows[-1]["val_loss"]
-        assert len((out / "validation.csv").read_text().splitlines()) == 3
+        assert {name: (out / name).read_text() for name in finished} == finished
 
 
 def test_a_stop_signal_does_not_wait_for_validation_and_the_resumed_run_makes_up_for_it(
@@ -233,7 +241,7 @@ def test_a_signal_before_the_first_step_leaves_with_130(tmp_path, number):
     process.send_signal(number)
     _, messages = process.communicate(timeout=120)
     os.close(writer)
-    assert (process.returncode, messages) == (130, "error: interrupted\n")
+    assert (process.returncode, messages.strip()) == (130, "error: interrupted")
     assert not (tmp_path / "run").exists()
 
 

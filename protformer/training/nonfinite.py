@@ -39,10 +39,11 @@ class NonFiniteSteps(StepCallback):
         self._learning_rate = math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self.skipped_in_a_row}
+        return {name: getattr(self, name) for name in ("skipped_steps", "skipped_in_a_row", "gradient_norm")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped_steps, self.skipped_in_a_row = state_dict["skipped_steps"], state_dict["skipped_in_a_row"]
+        for name, value in state_dict.items():
+            setattr(self, name, value)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: TrainingBatch, batch_idx: int

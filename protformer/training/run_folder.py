@@ -166,14 +166,20 @@ def append_metrics(path: Path, rows: Sequence[Mapping[str, object]], fields: Seq
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def keep_metrics_until(path: Path, step: int, fields: Sequence[str] = METRIC_FIELDS) -> None:
-    """Drop rows behind `step`: a run that was killed had gone further than its last checkpoint."""
+def keep_metrics_until(
+    path: Path, step: int, fields: Sequence[str] = METRIC_FIELDS, *, then: Sequence[Mapping[str, object]] = ()
+) -> None:
+    """Drop rows behind `step`, and put those of `then` there, in one move.
+
+    A run that was killed had gone further than its last checkpoint.
+    """
 
     def write(partial: Path) -> None:
         with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fields)
+            writer = csv.DictWriter(file, fields, restval="")
             writer.writeheader()
             writer.writerows(kept)
+            writer.writerows(then)
 
     kept = [row for row in read_metrics(path) if row["step"].isdigit() and int(row["step"]) <= step]
     write_whole(path, write)
