@@ -60,12 +60,12 @@ def assert_same_run(first, second):
     assert (first / "model" / "config.json").read_text() == (second / "model" / "config.json").read_text()
 
 
-def write_proteins(path):
+def write_proteins(path, *, seed=0, letters="ACDEFGHIKLMNPQRSTVWY"):
     """Eighty random proteins."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     with path.open("w") as file:
         for number, length in enumerate(rng.integers(5, 150, 80)):
-            file.write(f">p{number}\n{''.join(rng.choice(list('ACDEFGHIKLMNPQRSTVWY'), length))}\n")
+            file.write(f">p{number}\n{''.join(rng.choice(list(letters), length))}\n")
     return path
 
 

@@ -209,7 +209,9 @@ class MetricsLog(pl.Callback):
             append_metrics(self.run.validation, set_rows, VALIDATION_FIELDS)
         if scores:
             self.redraw_curves()
-        figures = {f"train/{name}": float(row[name]) for name in LOGGED_FIELDS if row.get(name, "") != ""}
+        figures: dict[str, float] = {}
+        if not anew:
+            figures = {f"train/{name}": float(row[name]) for name in LOGGED_FIELDS if row.get(name, "") != ""}
         for name, of_set in scores.items():
             figures |= {f"{name}/loss": of_set.loss, f"{name}/perplexity": of_set.perplexity}
             figures |= {f"{name}/accuracy": of_set.accuracy}
