@@ -84,7 +84,7 @@ class Checkpointing(StepCallback):
     def __init__(
         self, run: RunFolder, *, every_steps: int, save_model: Callable[[dict[str, Tensor], int, int], None]
     ) -> None:
-        """`save_model` takes the state dict, the number of parameters and the step."""
+        """`save_model` takes the state dict, the number of parameters without adapters, and the step."""
         self.run, self.every_steps, self.save_model = run, every_steps, save_model
         self.saved_step = -1
         self.saved_time: float | None = None
@@ -112,7 +112,8 @@ class Checkpointing(StepCallback):
         if trainer.is_global_zero:
             write_whole(self.run.checkpoint, trainer.save_checkpoint)
             self.saved_time = time.time()
-            self.save_model(weights, sum(p.numel() for p in task.model.parameters()), trainer.global_step)
+            kept = (p.numel() for name, p in task.model.named_parameters() if ".lora_" not in name)
+            self.save_model(weights, sum(kept), trainer.global_step)
         else:
             trainer.save_checkpoint(self.run.checkpoint)  # gives its part, and writes nothing
 

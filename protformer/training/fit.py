@@ -5,13 +5,11 @@ that was stopped or killed goes on from its last checkpoint with the very number
 """
 
 import logging
-import math
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +29,8 @@ from protformer.device import (
     memory_refused_in_time,
     peak_memory_gb,
 )
-from protformer.errors import ConfigError, InputError, InterruptedRunError
-from protformer.evaluation.masked_lm import MaskedLmScores, score_units, summarize_units
+from protformer.errors import ConfigError, InterruptedRunError
+from protformer.evaluation.masked_lm import MaskedLmScores
 from protformer.model.masked_lm_head import ProteinLanguageModel
 from protformer.model_description import ModelDescription, TrainingProvenance
 from protformer.training.callbacks import (
@@ -44,7 +42,16 @@ from protformer.training.callbacks import (
 )
 from protformer.training.curves import draw_curves
 from protformer.training.datamodule import ProteinDataModule
+from protformer.training.fine_tuning import (
+    InitialWeights,
+    add_lora,
+    freeze_lower_layers,
+    load_initial_weights,
+    merge_adapters,
+    read_initial_weights,
+)
 from protformer.training.masked_lm import MaskedLmTask
+from protformer.training.metric_sinks import open_metric_sinks
 from protformer.training.metrics_log import MetricsLog
 from protformer.training.micro_batches import MicroBatches
 from protformer.training.nonfinite import NonFiniteSteps
@@ -52,13 +59,12 @@ from protformer.training.ranks import (
     RankLayout,
     build_strategy,
     cluster_environment,
-    gather_over_ranks,
     losses_of_ranks_told,
-    whole_windows,
 )
 from protformer.training.readiness_log import MAX_PROTEINS, ReadinessLog
 from protformer.training.run_folder import RunFolder, StorePaths
 from protformer.training.status_file import StatusFile
+from protformer.training.validation import validate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,12 +110,8 @@ def train(
     corpus, validation_sets = open_corpus(run.load_stores())
     counts = _residue_counts(corpus)
     torch.manual_seed(config.seed)
-    model = ProteinLanguageModel(config.model, seed=config.seed)
-    model.start_from_counts(counts)
-    if config.training.activation_checkpointing:
-        model.encoder.recompute_in_backward()
-    if config.training.compile:
-        model.encoder.compile_layers()
+    initial = read_initial_weights(run)
+    model = _build_model(config, counts, None if run.checkpoint.exists() else initial)
     micro_batches = MicroBatches(
         config.training.accumulate_batches,
         step_rows=step_rows,
@@ -120,7 +122,7 @@ def train(
     task = MaskedLmTask(model, config.training, micro_batches)
     datamodule = ProteinDataModule(corpus, validation_sets, config, batch_rows=step_rows, ranks=ranks)
     callbacks = _build_callbacks(
-        config, run, datamodule, describe=partial(_describe, config, corpus, counts), quiet=quiet
+        config, run, datamodule, describe=partial(_describe, config, corpus, counts, initial), quiet=quiet
     )
     with _lightning_kept_quiet():
         trainer = _build_trainer(
@@ -162,6 +164,23 @@ def train(
     )
 
 
+def _build_model(config: RunConfig, counts: list[int], initial: InitialWeights | None) -> ProteinLanguageModel:
+    """The model as it begins, by `initial` if that is given; a checkpoint replaces all its weights."""
+    model = ProteinLanguageModel(config.model, seed=config.seed)
+    if initial is None:
+        model.start_from_counts(counts)
+    else:
+        load_initial_weights(model, initial)
+    freeze_lower_layers(model.encoder, config.training.frozen_layers)
+    if config.training.lora is not None:
+        add_lora(model, config.training.lora)
+    if config.training.activation_checkpointing:
+        model.encoder.recompute_in_backward()
+    if config.training.compile:
+        model.encoder.compile_layers()
+    return model
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Callbacks:
     """Those that `train` asks for something, and the others."""
@@ -192,7 +211,10 @@ def _build_callbacks(
         run,
         every_steps=training.checkpoint_every_steps,
         save_model=lambda weights, num_parameters, step: save_weights(
-            run.model, weights, describe(step, metrics.tokens_seen), num_parameters=num_parameters
+            run.model,
+            weights if training.lora is None else merge_adapters(weights, training.lora),
+            describe(step, metrics.tokens_seen),
+            num_parameters=num_parameters,
         ),
     )
     stop = StopRequest(
@@ -206,8 +228,9 @@ def _build_callbacks(
         log_every_steps=training.log_every_steps,
         validate_every_steps=training.validate_every_steps,
         gradients=nonfinite,
-        validate=partial(_validate, datamodule, frequencies, stop),
+        validate=partial(validate, datamodule, frequencies, stop),
         redraw_curves=partial(draw_curves, run),
+        sinks=open_metric_sinks(config, run, asdict(config)),
     )
     others: list[pl.Callback] = [StepRandomness(config.seed), nonfinite]
     if training.log_readiness and datamodule.validation_sets:
@@ -293,7 +316,12 @@ def _fit(trainer: pl.Trainer, task: MaskedLmTask, datamodule: ProteinDataModule,
 
 
 def _describe(
-    config: RunConfig, corpus: Corpus, residue_counts: list[int], steps: int, tokens_seen: int
+    config: RunConfig,
+    corpus: Corpus,
+    residue_counts: list[int],
+    initial: InitialWeights | None,
+    steps: int,
+    tokens_seen: int,
 ) -> ModelDescription:
     manifests = [store.manifest for store in corpus.stores]
     masking = config.data.masking
@@ -311,6 +339,7 @@ def _describe(
             masking_rate=masking.rate,
             masking_scheme=masking.scheme,
             masking_span_mean_length=masking.span_mean_length,
+            initial_model=None if initial is None else initial.model,
         ),
         residue_counts=residue_counts,
     )
@@ -320,37 +349,6 @@ def _residue_counts(corpus: Corpus) -> list[int]:
     """How often each token occurs in the training stores, however often they are drawn from."""
     counts = zip(*(store.manifest.residue_counts for store in corpus.stores), strict=True)
     return [sum(numbers) for numbers in counts]
-
-
-def _validate(
-    datamodule: ProteinDataModule,
-    frequencies: torch.Tensor,
-    stop: StopRequest,
-    trainer: pl.Trainer,
-    task: MaskedLmTask,
-    may_give_up: bool,
-) -> dict[str, MaskedLmScores] | None:
-    """Scores of each set; None if the run is to stop, which may not wait for minutes of validation."""
-    scores: dict[str, MaskedLmScores] = {}
-    gives_up = may_give_up and trainer.world_size == 1
-    task.model.eval()
-    with whole_windows(task.model), trainer.strategy.precision_plugin.forward_context():
-        for name in datamodule.validation_sets:
-            batches = datamodule.validation_batches(name, rank=trainer.global_rank, num_ranks=trainer.world_size)
-            unless_stopped = takewhile(lambda batch: not (gives_up and stop.signal_name), batches)
-            on_device = (batch.to(task.device) for batch in unless_stopped)
-            of_ranks = gather_over_ranks(score_units(task.model, on_device, frequencies))
-            of_set = summarize_units(torch.cat(of_ranks))
-            if of_set is not None:
-                scores[name] = of_set
-    task.model.train()
-    if gives_up and stop.signal_name:
-        return None
-    if not all(math.isfinite(of_set.perplexity) for of_set in scores.values()):
-        raise InputError(
-            "validation gave a perplexity that is not finite: the run has diverged; lower the learning rate"
-        )
-    return scores
 
 
 @contextmanager

@@ -6,7 +6,7 @@ layer that gave a number which is not finite, with the state from before saved.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -40,10 +40,11 @@ class NonFiniteSteps(StepCallback):
         self._learning_rate = math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self.skipped_in_a_row}
+        return {name: getattr(self, name) for name in ("skipped_steps", "skipped_in_a_row", "gradient_norm")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped_steps, self.skipped_in_a_row = state_dict["skipped_steps"], state_dict["skipped_in_a_row"]
+        for name, value in state_dict.items():
+            setattr(self, name, value)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: TrainingBatch, batch_idx: int
@@ -91,7 +92,7 @@ class NonFiniteSteps(StepCallback):
 
 def find_nonfinite(
     model: ProteinLanguageModel,
-    batches: list[MaskedBatch],
+    batches: Iterable[MaskedBatch],
     context: Callable[[], AbstractContextManager[Any]],
 ) -> str:
     """Where a number first is not finite: in the weights, on the way forward, or on the way back; row by row.

@@ -97,7 +97,7 @@ def materialised_gigabytes(softmax: str) -> float:
 
 
 def step_with_materialised_weights(softmax: str) -> None:
-    """softmax(Q K^T) V, written down as such; torch's autocast takes the softmax in float32 on CUDA, in bf16 on CPUs."""
+    """softmax(Q K^T) V, written out; torch's autocast takes the softmax in float32 on CUDA, in bf16 on CPUs."""
     limit_memory(LIMIT_GB)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[softmax]
 
