@@ -131,7 +131,7 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def over_ranks(trainer: pl.Trainer, numbers: Sequence[float | bool], operation: str) -> list[float]:
+def over_ranks(trainer: pl.Trainer, numbers: Sequence[float | int], operation: str) -> list[float]:
     """Elementwise `sum`, `min` or `max` over all ranks."""
     if trainer.world_size == 1:
         return [float(number) for number in numbers]
