@@ -109,10 +109,11 @@ def test_two_processes_each_with_rows_of_its_own_give_the_numbers_of_one(
 @pytest.mark.slow
 def test_weights_and_rows_spread_over_two_processes_go_on_in_one(fasta: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "fsdp"
-    spread = ("--set", "training.strategy=fsdp", "--set", "training.context_parallel=2")
-    finish(start(arguments(fasta, out, *ON_TWO, *spread, "--max-steps", "2")))
+    spread = {"training__strategy": "fsdp", "training__context_parallel": 2}
+    finish(start(arguments(fasta, out, *ON_TWO, "--max-steps", "2", **spread)))
     load_model(out, torch.device("cpu"))
-    assert run(arguments(fasta, out, "--resume")) == 0
+    alone_again = {"training__strategy": "auto", "training__context_parallel": 1}
+    assert run(arguments(fasta, out, "--resume", **alone_again)) == 0
     assert_same_figures(alone, out)
     assert_same_model(alone, out)
 
