@@ -1,6 +1,7 @@
 """`describe` tells how far a run is, from files alone; one process at a time trains in a run folder."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from test_import_walls import loaded_by
 
 from protformer.cli import run
 from protformer.run_status import RunStatus, is_running, read_status, write_status
+from protformer.training import callbacks
 
 SMALL = {"model__num_layers": 1, "model__attention": "{kind: exact}", "training__max_steps": 4}
 HOLD = """
@@ -97,3 +99,16 @@ def test_describing_a_run_loads_no_torch(finished):
     arguments = ["protformer", "describe", str(finished[1])]
     code = f"sys.argv = {arguments}\nfrom protformer.cli import main\nmain()"
     assert loaded_by(code, {"torch", "lightning", "matplotlib"}) == set()
+
+
+def test_a_run_away_from_a_terminal_tells_its_rate_its_loss_and_the_time_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(callbacks, "PLAIN_LINE_SECONDS", 0.0)
+    fasta = write_proteins(tmp_path / "proteins.fa")
+    loud = [word for word in arguments(fasta, tmp_path / "run", **SMALL) if word != "--quiet"]
+    assert run([*loud, "--max-steps", "3"]) == 0
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
+    assert all(re.search(r" [\d,]+ residues/s  loss \d\.\d{4}  \d+ min \d\d s left$", line) for line in lines)
+    assert re.search(r"^0:00:\d\d of training in all, [\d,]+ residues/s in this sitting, ", printed.out, re.MULTILINE)
+    assert " GB of memory, 0 steps skipped" in printed.out

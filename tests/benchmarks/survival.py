@@ -1,10 +1,10 @@
 """Kills a training run twenty times at random moments, resumes it each time, and compares it with an undisturbed one.
 
-`python tests/benchmarks/survival.py [FASTA ...] [--kills 20] [--steps 300] [--seed 0]`: SIGKILL and SIGTERM by
-chance; a quarter of them while the program starts, a quarter while a checkpoint is being written, the others after a
-random number of steps. SIGTERM must be answered by 130 (or kill before Python can listen). At the end the model
-folder's weights and config.json, and all columns of metrics.csv and validation.csv that do not measure time or
-memory, must be equal, bit for bit. Some ten minutes of one core.
+`python tests/benchmarks/survival.py [FASTA ...] [--kills 20] [--steps 300] [--seed 0]`: SIGKILL and SIGTERM by chance;
+a quarter of them while the program starts, a quarter while a checkpoint is being written, the others after a random
+number of steps. SIGTERM must be answered by 130 (or kill before Python can listen). At the end the model folder's
+weights and config.json, and all columns of metrics.csv and validation.csv that do not measure time or memory, must be
+equal, bit for bit. Some ten minutes of one core.
 """
 
 import argparse
