@@ -105,9 +105,7 @@ def test_memory_that_is_too_small_for_one_row_or_for_a_fixed_number_is_one_clear
     out_of_memory_above(0, monkeypatch)
     with pytest.raises(ConfigError, match=r"one row of 24 tokens .* data\.max_residues .*activation_checkpointing"):
         gradients(make_model(), parts_of(4), make_batch())
-    with pytest.raises(
-        ConfigError, match=r"3 rows of 24 tokens .*; raise training\.accumulate_batches or set it to auto"
-    ):
+    with pytest.raises(ConfigError, match=r"3 rows of 24 tokens .*; raise training\.accumulate_batches .* auto"):
         gradients(make_model(), parts_of(3, accumulate_batches=2), make_batch())
 
 
