@@ -7,7 +7,7 @@ stand here and nowhere else.
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from protformer.attention_config import AttentionConfig as AttentionConfig
 from protformer.attention_config import ExactConfig as ExactConfig
@@ -121,6 +121,25 @@ class DataConfig:
         _require(self.num_workers is None or self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
 
 
+LoraTarget = Literal["query_key_value", "attention_output", "feed_forward_input", "feed_forward_output"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters beside linear layers, in place of training all weights (Hu et al. 2022)."""
+
+    rank: int = 8
+    alpha: int = 16
+    """The update is alpha / rank times the product of the adapter's two matrices."""
+    targets: list[LoraTarget] = field(default_factory=lambda: list(get_args(LoraTarget)))
+    """Layers of each block that get an adapter."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "training.lora.rank", self.rank, "at least 1")
+        _require(self.alpha >= 1, "training.lora.alpha", self.alpha, "at least 1")
+        _require(len(self.targets) > 0, "training.lora.targets", self.targets, "at least one layer")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
     """Optimizer, schedule, batch and how often to look up from the work."""
@@ -169,6 +188,12 @@ class TrainingConfig:
     many. Linear kinds of attention only."""
     rank_timeout: str = "00:10:00"
     """HH:MM:SS that a device waits for the others before it takes the job for lost; building stores does not count."""
+    frozen_layers: int = 0
+    """Keep the embedding and this many of the lowest layers as they begin; 0 trains everything."""
+    lora: LoraConfig | None = None
+    """Train adapters only, of the model that --init-from names."""
+    wandb_project: str | None = None
+    """Also send the figures to this project of Weights & Biases."""
     max_skipped_steps: int = 10
     """A step without a finite gradient is left out and counted; this many in a row end the run with a diagnosis."""
 
@@ -180,6 +205,7 @@ class TrainingConfig:
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         parts = self.accumulate_batches
         _require(parts == "auto" or parts >= 1, "training.accumulate_batches", parts, "auto, or at least 1")
+        _require(self.frozen_layers >= 0, "training.frozen_layers", self.frozen_layers, "0 or more")
         _require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "0 or more")
         _require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
         _require(0 < self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "above 0, at most 1")
@@ -205,6 +231,7 @@ class TrainingConfig:
             whole = "adamw with training.strategy fsdp, as Muon needs whole matrices"
             _require(self.optimizer == "adamw", "training.optimizer", self.optimizer, whole)
             _require(not self.log_readiness, "training.log_readiness", self.log_readiness, "false with fsdp")
+            _require(self.lora is None, "training.lora", self.lora, "left out with training.strategy fsdp")
 
     @property
     def num_schedule_steps(self) -> int:
@@ -232,11 +259,14 @@ class RunConfig:
         _require(length % ranks == 0, "data.max_residues", length, allowed)
 
 
-def load_run_config(source: str | None, overrides: tuple[str, ...] = ()) -> RunConfig:
+def load_run_config(
+    source: str | None, overrides: tuple[str, ...] = (), *, model_defaults: ModelConfig | None = None
+) -> RunConfig:
     """Read a run's configuration.
 
     `source` is a path, or the name of a built-in configuration such as `tiny`; None gives the defaults. Each override
-    is `dotted.path=value` with the value in YAML. Raises ConfigError.
+    is `dotted.path=value` with the value in YAML. `model_defaults` stands in for the defaults of `model`. Raises
+    ConfigError.
     """
     import yaml
 
@@ -252,6 +282,8 @@ def load_run_config(source: str | None, overrides: tuple[str, ...] = ()) -> RunC
         tree = loaded or {}
     for override in overrides:
         _apply_override(tree, override)
+    if model_defaults is not None:
+        tree["model"] = _fill_in(tree.get("model", {}), asdict(model_defaults))
     return decode(RunConfig, tree)
 
 
@@ -296,6 +328,16 @@ def _builtin_config_folder() -> Path:
     """Inside the installed package, or in the checkout of an editable install."""
     here = Path(__file__).parent
     return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+
+
+def _fill_in(given: Any, defaults: dict[str, Any]) -> Any:
+    """The given fields, and the others from `defaults`; those of one kind of attention do not fit another kind."""
+    if not isinstance(given, dict) or ("kind" in defaults and given.get("kind", defaults["kind"]) != defaults["kind"]):
+        return given
+    filled = dict(defaults)
+    for name, value in given.items():
+        filled[name] = _fill_in(value, defaults[name]) if isinstance(defaults.get(name), dict) else value
+    return filled
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

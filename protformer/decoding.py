@@ -21,6 +21,15 @@ def decode(kind: type[Config], tree: object, path: str = "") -> Config:
     return typing.cast(Config, _decode_value(kind, tree, path))
 
 
+def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """The values of nested mappings by their dotted paths."""
+    flat: dict[str, object] = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return flat
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """What to add to a message about a name that is not known: the nearest that is, if any is near."""
     close = difflib.get_close_matches(name, list(known), n=1)

@@ -4,6 +4,7 @@ In: a model folder or a run folder. Out: a `ModelDescription`. A folder of anoth
 missing parts is refused in one line.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,18 @@ class TrainingProvenance:
     masking_rate: float = 0.15
     masking_scheme: str = "bert"
     masking_span_mean_length: float = 1.0
+    initial_model: "InitialModel | None" = None
+    """What the weights began from, if not from random numbers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitialModel:
+    """A model that another one was trained on from."""
+
+    name: str
+    """Of its folder."""
+    weights_sha256: str
+    training: TrainingProvenance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +81,21 @@ def find_model_folder(path: Path) -> Path:
     raise ModelFolderError(
         f"{path}: no model here (expected {CONFIG_FILE} and {WEIGHTS_FILE}, in the folder or in its model/)"
     )
+
+
+def model_name(folder: Path) -> str:
+    """What to call the model of this model folder: the folder's name, or that of the run it lies in."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
+def weights_sha256(folder: Path) -> str:
+    """Checksum of the weights' file."""
+    digest = hashlib.sha256()
+    with (folder / WEIGHTS_FILE).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_description(path: Path) -> ModelDescription:

@@ -3,76 +3,28 @@
 import csv
 import json
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
+from small_runs import (
+    arguments,
+    assert_same_run,
+    assert_same_weights,
+    fails_with,
+    metrics,
+    start_and_signal,
+    write_proteins,
+)
 
 from protformer.cli import run
 from protformer.corpus.token_store import build_token_store
 
-SETTINGS = {
-    "model.num_layers": 2,
-    "model.num_heads": 2,
-    "model.hidden_size": 32,
-    "model.feed_forward_size": 64,
-    "model.dropout": 0.1,
-    "model.attention": "{kind: favor, num_features: 16, redraw_every_steps: 3}",
-    "data.max_residues": 64,
-    "data.validation_fraction": 0.2,
-    "training.tokens_per_step": 512,
-    "training.accumulate_batches": 2,
-    "training.max_steps": 8,
-    "training.warmup_steps": 2,
-    "training.learning_rate": "1e-2",
-    "training.validate_every_steps": 4,
-    "training.log_every_steps": 1,
-    "training.checkpoint_every_steps": 4,
-}
-
-
-def arguments(fasta, out, *extra, **changes):
-    settings = SETTINGS | {name.replace("__", "."): value for name, value in changes.items()}
-    sets = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    return ["train", "--fasta", str(fasta), "--out", str(out), "--quiet", *sets, *map(str, extra)]
-
-
-def weights(out):
-    return load_file(out / "model" / "model.safetensors")
-
-
-def metrics(out):
-    with (out / "metrics.csv").open() as file:
-        return [
-            {name: value for name, value in row.items() if name not in ("tokens_per_second", "peak_memory_gb")}
-            for row in csv.DictReader(file)
-        ]
-
-
-def assert_same_weights(first, second):
-    ours, theirs = weights(first), weights(second)
-    assert ours.keys() == theirs.keys()
-    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
-
-
-def assert_same_run(first, second):
-    assert_same_weights(first, second)
-    assert metrics(first) == metrics(second)
-    assert (first / "model" / "config.json").read_text() == (second / "model" / "config.json").read_text()
-
 
 @pytest.fixture(scope="module")
 def fasta(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "proteins.fa"
-    with path.open("w") as file:
-        for number, length in enumerate(rng.integers(5, 150, 80)):
-            file.write(f">p{number}\n{''.join(rng.choice(list('ACDEFGHIKLMNPQRSTVWY'), length))}\n")
-    return path
+    return write_proteins(tmp_path_factory.mktemp("data") / "proteins.fa")
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +32,6 @@ def undisturbed(fasta, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
     assert run(arguments(fasta, out)) == 0
     return out
-
-
-def start_and_signal(command, number, *, once):
-    """Run a command in a process of its own, and send the signal once that is true."""
-    process = subprocess.Popen([sys.executable, "-m", "protformer", *command], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not once() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.send_signal(number)
-    _, messages = process.communicate(timeout=120)
-    return process.returncode, messages
 
 
 def test_a_run_writes_all_that_is_promised(undisturbed):
@@ -177,13 +118,6 @@ def test_the_readiness_of_the_layers_is_logged_and_changes_nothing(fasta, undist
     assert_same_weights(undisturbed, out)
 
 
-def fails_with(capsys, command, code=1):
-    assert run(command) == code
-    captured = capsys.readouterr().err.strip().splitlines()
-    assert captured[-1].startswith("error: ")
-    return captured[-1]
-
-
 def test_an_existing_run_is_refused_without_resume(fasta, undisturbed, capsys):
     assert "exists already; choose another --out, or add --resume" in fails_with(capsys, arguments(fasta, undisturbed))
 
@@ -229,7 +163,8 @@ def test_an_empty_folder_may_become_the_run_and_stays_after_a_mistake(tmp_path, 
 def test_a_diverged_run_keeps_the_last_good_checkpoint(fasta, tmp_path, capsys):
     out = tmp_path / "run"
     command = arguments(fasta, out, training__learning_rate="1e30", training__checkpoint_every_steps=1)
-    assert "not finite, the run has diverged" in fails_with(capsys, command)
+    message = fails_with(capsys, command)
+    assert "not finite, the run has diverged: the first layer whose output is not finite is encoder.blocks.0" in message
     saved = out / "model" / "model.safetensors"
     assert not saved.exists() or all(np.isfinite(array).all() for array in load_file(saved).values())
 

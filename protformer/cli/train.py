@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from protformer.cli.options import FilePath, device_option, fasta_option, quiet_option
+from protformer.cli.stop_signals import stop_signals_interrupt
 
 
 @click.command("train")
@@ -33,6 +34,12 @@ from protformer.cli.options import FilePath, device_option, fasta_option, quiet_
     help="Keep token stores there for other runs, instead of in the run folder.",
 )
 @click.option(
+    "--init-from",
+    type=FilePath,
+    metavar="MODEL",
+    help="Begin with the weights of a model folder or run; model.* is then that model's.",
+)
+@click.option(
     "--max-steps", type=click.IntRange(min=1), metavar="N", help="Stop there; counted from the start of the run."
 )
 @click.option("--max-time", metavar="HH:MM:SS", help="Stop after this time of training.")
@@ -53,6 +60,7 @@ def command(
     clusters: str | None,
     pairs: str | None,
     cache_dir: Path | None,
+    init_from: Path | None,
     max_steps: int | None,
     max_time: str | None,
     devices: int,
@@ -72,29 +80,31 @@ def command(
     Example:
       protformer train --fasta trembl.fa.gz --config small --out runs/trembl
     """
-    from protformer.cli.progress import StderrConsole
-    from protformer.training.run import RunRequest, run_training
+    with stop_signals_interrupt():
+        from protformer.cli.progress import StderrConsole
+        from protformer.training.run import RunRequest, run_training
 
-    summary = run_training(
-        RunRequest(
-            fasta=fasta,
-            out=out,
-            config_source=config,
-            overrides=overrides,
-            validation_fasta=val_fasta,
-            clusters=clusters,
-            pairs=pairs,
-            cache_dir=cache_dir,
-            max_steps=max_steps,
-            max_time=max_time,
-            devices=devices,
-            num_nodes=num_nodes,
-            seed=seed,
-            resume=resume,
-            device=device,
-            quiet=quiet,
-        ),
-        StderrConsole(quiet=quiet),
-    )
-    if summary:
-        click.echo(summary)
+        summary = run_training(
+            RunRequest(
+                fasta=fasta,
+                out=out,
+                config_source=config,
+                overrides=overrides,
+                validation_fasta=val_fasta,
+                clusters=clusters,
+                pairs=pairs,
+                cache_dir=cache_dir,
+                init_from=init_from,
+                max_steps=max_steps,
+                max_time=max_time,
+                devices=devices,
+                num_nodes=num_nodes,
+                seed=seed,
+                resume=resume,
+                device=device,
+                quiet=quiet,
+            ),
+            StderrConsole(quiet=quiet),
+        )
+        if summary:
+            click.echo(summary)

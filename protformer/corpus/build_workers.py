@@ -138,7 +138,8 @@ def _describe_lost(task: PartTask, exit_code: int) -> str:
 
 def work() -> None:
     """Be a worker: tasks from standard input, what comes of them to standard output, until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C, and what schedulers send, reach all; the parent decides
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing else may get between the answers
 

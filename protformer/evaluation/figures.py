@@ -96,13 +96,33 @@ def plot_training_curves(
     nothing of the sequence. Without validation the training loss stands alone.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
     num_panels = 3 if validation else 1
     figure = Figure(figsize=(3.5 * max(num_panels, 1.5), 3.4), layout="constrained")
     row = figure.subplots(1, num_panels, sharex=True, squeeze=False)[0]
     titles = ("Loss (nats a masked residue)", "Masked perplexity", "Masked accuracy")
     _draw_curve(row[0], train_steps, train_loss, _TRAIN, "training")
+    _draw_sets(row, validation)
+    for axes, title in zip(row, titles, strict=False):
+        axes.set_xlabel("Optimizer step", color=INK)
+        axes.set_title(title, fontsize=10, color=INK, loc="left")
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        plain_frame(axes)
+    if validation:
+        row[0].plot([], [], color=INK, linestyle="--", linewidth=1.0, label="unigram baseline")
+        row[-1].yaxis.set_major_formatter(PercentFormatter(1.0))
+    handles, labels = row[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8, labelcolor=INK
+        )
+    save_figure(figure, path)
+
+
+def _draw_sets(row: Sequence["Axes"], validation: Mapping[str, ValidationCurve]) -> None:
+    """The curves of each set in its own colour: loss, perplexity, accuracy."""
     for number, (name, curve) in enumerate(validation.items()):
         color = _SETS[number % len(_SETS)]
         panels = (
@@ -112,21 +132,7 @@ def plot_training_curves(
         )
         for axes, (values, baseline) in zip(row, panels, strict=True):
             _draw_curve(axes, curve.steps, values, color, _shortened(name, _MAX_NAME_LETTERS))
-            axes.axhline(
-                baseline, color=color, linestyle="--", linewidth=1.0, label=None if number else "unigram baseline"
-            )
-    for axes, title in zip(row, titles, strict=False):
-        axes.set_xlabel("Optimizer step", color=INK)
-        axes.set_title(title, fontsize=10, color=INK, loc="left")
-        plain_frame(axes)
-    if validation:
-        row[-1].yaxis.set_major_formatter(PercentFormatter(1.0))
-    handles, labels = row[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8, labelcolor=INK
-        )
-    save_figure(figure, path)
+            axes.axhline(baseline, color=color, linestyle="--", linewidth=1.0)
 
 
 def _mark_chains(axes: "Axes", chain_lengths: Sequence[int], chain_ids: Sequence[str]) -> None:
@@ -178,7 +184,8 @@ def _draw_curve(axes: "Axes", steps: Sequence[float], values: Sequence[float], c
         return
     # A single point makes no line; few points should be seen as such.
     marker = "o" if len(steps) <= 30 else ""
-    axes.plot(steps, values, color=color, linewidth=1.4, marker=marker, markersize=3, label=label)
+    linewidth = 1.4 if len(steps) <= 100 else 0.8
+    axes.plot(steps, values, color=color, linewidth=linewidth, marker=marker, markersize=3, label=label)
 
 
 def plain_frame(axes: "Axes") -> None:

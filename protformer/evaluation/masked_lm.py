@@ -4,7 +4,6 @@ In: a model and `MaskedBatch`es. Out: `MaskedLmScores`. Also the one definition 
 Logits are computed at the asked positions only.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -116,9 +115,9 @@ def summarize_units(table: Float[Tensor, "unit 5"]) -> MaskedLmScores | None:
     return MaskedLmScores(
         num_masked=num_masked,
         loss=float(nll.sum()) / num_masked,
-        perplexity=math.exp(nll.sum() / num_masked),
+        perplexity=float((nll.sum() / num_masked).exp()),
         accuracy=float(correct.sum() / num_masked),
-        baseline_perplexity=math.exp(baseline_nll.sum() / num_masked),
+        baseline_perplexity=float((baseline_nll.sum() / num_masked).exp()),
         baseline_accuracy=float(baseline_correct.sum() / num_masked),
         log_likelihood_gain=float(mean_gain),
         log_likelihood_gain_standard_error=float(variance.sqrt()) / num_masked,

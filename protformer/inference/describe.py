@@ -5,6 +5,7 @@ In: a path. Out: a flat mapping of names to values; the first is `kind`. Nothing
 
 import csv
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from protformer.corpus.token_store import MANIFEST_FILE, TokenStore
 from protformer.errors import InputError
 from protformer.inference.embedding_writers import SUFFIXES
 from protformer.model_description import CONFIG_FILE, read_description
+from protformer.run_status import is_running, read_status
 
 Facts = dict[str, object]
 
@@ -92,19 +94,57 @@ def _describe_model(path: Path) -> Facts:
 
 
 def _describe_run(path: Path) -> Facts:
-    facts: Facts = {"kind": "run"}
-    if (path / "metrics.csv").is_file():
-        with (path / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            latest: dict[str, str] = {}
-            for row in csv.DictReader(file):
-                latest |= {name: value for name, value in row.items() if value}
-        facts |= {f"latest_{name}": value for name, value in latest.items()}
-        if latest:
-            places = int(latest["step"]) * load_run_config(str(path / "config.yaml")).training.tokens_per_step
-            facts["fill_rate"] = round(int(latest["tokens"]) / places, 4)
+    facts: Facts = {"kind": "run"} | _describe_progress(path)
+    latest: dict[str, str] = {}
+    for row in _rows(path / "metrics.csv"):
+        latest |= {name: value for name, value in row.items() if value}
+    facts |= {f"latest_{name}": value for name, value in latest.items()}
+    if latest:
+        places = int(latest["step"]) * load_run_config(str(path / "config.yaml")).training.tokens_per_step
+        facts["fill_rate"] = round(int(latest["tokens"]) / places, 4)
+    for row in _rows(path / "validation.csv"):
+        facts[f"validation_{row['set']}"] = (
+            f"step {row['step']}: perplexity {float(row['perplexity']):.3f} (unigram"
+            f" {float(row['unigram_perplexity']):.3f}), accuracy {float(row['accuracy']):.2%} (unigram"
+            f" {float(row['unigram_accuracy']):.2%})"
+        )
     if (path / "model" / CONFIG_FILE).is_file():
         facts |= {f"model_{name}": value for name, value in _describe_model(path / "model").items() if name != "kind"}
     return facts
+
+
+def _describe_progress(path: Path) -> Facts:
+    """How far the run is; rates and the time left are those of its last sitting."""
+    status = read_status(path)
+    if status is None:
+        return {"state": "starting" if is_running(path) else "not started"}
+    running = is_running(path)
+    now = time.time()
+    facts: Facts = {
+        "state": "running" if running else "finished" if status.step >= status.max_steps else "stopped",
+        "step": f"{status.step} of {status.max_steps}",
+        "residues_seen": status.residues_seen,
+        "residues_per_second": round(status.residues_per_second),
+        "skipped_steps": status.skipped_steps,
+        "seconds_since_update": round(now - status.updated),
+    }
+    if status.train_loss is not None:
+        facts["train_loss"] = round(status.train_loss, 4)
+    if running and status.seconds_left is not None:
+        facts["seconds_left"] = round(max(0.0, status.seconds_left - (now - status.updated)))
+    if status.checkpoint_step is not None and status.checkpoint_time is not None:
+        facts |= {
+            "checkpoint_step": status.checkpoint_step,
+            "seconds_since_checkpoint": round(now - status.checkpoint_time),
+        }
+    return facts
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _describe_h5(path: Path) -> Facts:

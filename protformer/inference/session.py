@@ -4,7 +4,6 @@ In: a model path and what the user wants of the device. Out: an `InferenceSessio
 here, before sequences are read.
 """
 
-import hashlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from protformer import __version__
 from protformer.checkpoint import load_model
 from protformer.device import choose_device, choose_precision
 from protformer.model.masked_lm_head import ProteinLanguageModel
-from protformer.model_description import WEIGHTS_FILE, ModelDescription, find_model_folder
+from protformer.model_description import ModelDescription, find_model_folder, model_name, weights_sha256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,16 +46,8 @@ def open_session(path: Path, *, device: str, precision: str) -> InferenceSession
         device=torch_device,
         dtype=dtype,
         provenance={
-            "model": folder.resolve().parent.name if folder.name == "model" else folder.resolve().name,
-            "weights_sha256": _sha256(folder / WEIGHTS_FILE),
+            "model": model_name(folder),
+            "weights_sha256": weights_sha256(folder),
             "protformer_version": __version__,
         },
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -82,9 +82,9 @@ class Checkpointing(StepCallback):
     """Writes `last.ckpt`, whole or not at all, and the model folder beside it."""
 
     def __init__(
-        self, run: RunFolder, *, every_steps: int, save_model: Callable[[dict[str, Tensor], int, int], None]
+        self, run: RunFolder, *, every_steps: int, save_model: Callable[[MaskedLmTask, dict[str, Tensor], int], None]
     ) -> None:
-        """`save_model` takes the state dict, the number of parameters and the step."""
+        """`save_model` takes the state dict of the model beside it, and the step."""
         self.run, self.every_steps, self.save_model = run, every_steps, save_model
         self.saved_step = -1
         self.saved_time: float | None = None
@@ -112,7 +112,7 @@ class Checkpointing(StepCallback):
         if trainer.is_global_zero:
             write_whole(self.run.checkpoint, trainer.save_checkpoint)
             self.saved_time = time.time()
-            self.save_model(weights, sum(p.numel() for p in task.model.parameters()), trainer.global_step)
+            self.save_model(task, weights, trainer.global_step)
         else:
             trainer.save_checkpoint(self.run.checkpoint)  # gives its part, and writes nothing
 

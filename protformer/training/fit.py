@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from protformer.checkpoint import save_weights
 from protformer.config import RunConfig, TrainingConfig, parse_duration
@@ -44,10 +45,19 @@ from protformer.training.callbacks import (
 )
 from protformer.training.curves import draw_curves
 from protformer.training.datamodule import ProteinDataModule
+from protformer.training.fine_tuning import (
+    InitialWeights,
+    add_lora,
+    freeze_lower_layers,
+    load_initial_weights,
+    read_initial_weights,
+    without_lora,
+)
 from protformer.training.masked_lm import MaskedLmTask
+from protformer.training.metric_sinks import open_metric_sinks
 from protformer.training.metrics_log import MetricsLog
 from protformer.training.micro_batches import MicroBatches
-from protformer.training.nonfinite import NonFiniteSteps
+from protformer.training.nonfinite import NonFiniteSteps, find_nonfinite
 from protformer.training.ranks import (
     RankLayout,
     build_strategy,
@@ -104,8 +114,8 @@ def train(
     corpus, validation_sets = open_corpus(run.load_stores())
     counts = _residue_counts(corpus)
     torch.manual_seed(config.seed)
-    model = ProteinLanguageModel(config.model, seed=config.seed)
-    model.start_from_counts(counts)
+    initial = read_initial_weights(run)
+    model = _build_model(config, counts, None if run.checkpoint.exists() else initial)
     if config.training.activation_checkpointing:
         model.encoder.recompute_in_backward()
     if config.training.compile:
@@ -120,7 +130,7 @@ def train(
     task = MaskedLmTask(model, config.training, micro_batches)
     datamodule = ProteinDataModule(corpus, validation_sets, config, batch_rows=step_rows, ranks=ranks)
     callbacks = _build_callbacks(
-        config, run, datamodule, describe=partial(_describe, config, corpus, counts), quiet=quiet
+        config, run, datamodule, describe=partial(_describe, config, corpus, counts, initial), quiet=quiet
     )
     with _lightning_kept_quiet():
         trainer = _build_trainer(
@@ -162,6 +172,31 @@ def train(
     )
 
 
+def _build_model(config: RunConfig, counts: list[int], initial: InitialWeights | None) -> ProteinLanguageModel:
+    """The model as it begins, by `initial` if that is given; a checkpoint replaces all its weights."""
+    model = ProteinLanguageModel(config.model, seed=config.seed)
+    if initial is None:
+        model.start_from_counts(counts)
+    else:
+        load_initial_weights(model, initial)
+    freeze_lower_layers(model.encoder, config.training.frozen_layers)
+    if config.training.lora is not None:
+        add_lora(model, config.training.lora)
+    return model
+
+
+def _write_model(
+    run: RunFolder, task: MaskedLmTask, weights: dict[str, Tensor], description: ModelDescription, *, has_lora: bool
+) -> None:
+    model = without_lora(task.model) if has_lora else task.model
+    save_weights(
+        run.model,
+        model.state_dict() if has_lora else weights,
+        description,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Callbacks:
     """Those that `train` asks for something, and the others."""
@@ -191,8 +226,8 @@ def _build_callbacks(
     checkpointing = Checkpointing(
         run,
         every_steps=training.checkpoint_every_steps,
-        save_model=lambda weights, num_parameters, step: save_weights(
-            run.model, weights, describe(step, metrics.tokens_seen), num_parameters=num_parameters
+        save_model=lambda task, weights, step: _write_model(
+            run, task, weights, describe(step, metrics.tokens_seen), has_lora=training.lora is not None
         ),
     )
     stop = StopRequest(
@@ -208,6 +243,7 @@ def _build_callbacks(
         gradients=nonfinite,
         validate=partial(_validate, datamodule, frequencies, stop),
         redraw_curves=partial(draw_curves, run),
+        sinks=open_metric_sinks(config, run, asdict(config)),
     )
     others: list[pl.Callback] = [StepRandomness(config.seed), nonfinite]
     if training.log_readiness and datamodule.validation_sets:
@@ -293,7 +329,12 @@ def _fit(trainer: pl.Trainer, task: MaskedLmTask, datamodule: ProteinDataModule,
 
 
 def _describe(
-    config: RunConfig, corpus: Corpus, residue_counts: list[int], steps: int, tokens_seen: int
+    config: RunConfig,
+    corpus: Corpus,
+    residue_counts: list[int],
+    initial: InitialWeights | None,
+    steps: int,
+    tokens_seen: int,
 ) -> ModelDescription:
     manifests = [store.manifest for store in corpus.stores]
     masking = config.data.masking
@@ -311,6 +352,7 @@ def _describe(
             masking_rate=masking.rate,
             masking_scheme=masking.scheme,
             masking_span_mean_length=masking.span_mean_length,
+            initial_model=None if initial is None else initial.model,
         ),
         residue_counts=residue_counts,
     )
@@ -346,10 +388,14 @@ def _validate(
     task.model.train()
     if gives_up and stop.signal_name:
         return None
-    if not all(math.isfinite(of_set.perplexity) for of_set in scores.values()):
-        raise InputError(
-            "validation gave a perplexity that is not finite: the run has diverged; lower the learning rate"
-        )
+    for name, of_set in scores.items():
+        if not math.isfinite(of_set.loss):
+            batches = (batch.to(task.device) for batch in datamodule.validation_batches(name, rank=0, num_ranks=1))
+            origin = find_nonfinite(task.model, batches, trainer.strategy.precision_plugin.forward_context)
+            raise InputError(
+                f"step {trainer.global_step}: validation gave a loss that is not finite, the run has diverged:"
+                f" {origin}; the last checkpoint before is kept; begin another run with a lower training.learning_rate"
+            )
     return scores
 
 

@@ -68,7 +68,7 @@ class MetricsLog(pl.Callback):
         """`validate` gives scores by the name of the set, the first of them for `metrics.csv`; where its last argument
         allows, it may give up and return None when the run is to stop."""
         self.run, self.gradients, self.validate, self.redraw_curves = run, gradients, validate, redraw_curves
-        self.sinks = sinks
+        self.sinks, self._sinks_are_started = sinks, False
         self.log_every_steps, self.validate_every_steps = log_every_steps, validate_every_steps
         self.loss_sum = 0.0
         self.num_asked = 0
@@ -117,8 +117,7 @@ class MetricsLog(pl.Callback):
         if trainer.is_global_zero:
             keep_metrics_until(self.run.metrics, trainer.global_step)
             keep_metrics_until(self.run.validation, trainer.global_step, VALIDATION_FIELDS)
-            for sink in self.sinks:
-                sink.start(trainer.global_step)
+            self._start_sinks(trainer.global_step)
         if self.is_row_due:
             self._write_row(trainer, pl_module, validates=True, may_give_up=False)
 
@@ -149,14 +148,12 @@ class MetricsLog(pl.Callback):
         """Validate at the very end, unless the last step did; the row of that step gets the figures."""
         if self.validated_step == trainer.global_step:
             return
-        rows = read_metrics(self.run.metrics)
-        if rows and int(rows[-1]["step"]) == trainer.global_step:
-            if trainer.is_global_zero:
-                keep_metrics_until(self.run.metrics, trainer.global_step - 1)
-                keep_metrics_until(self.run.validation, trainer.global_step - 1, VALIDATION_FIELDS)
-            self._write_row(trainer, task, validates=True, may_give_up=True, begun=rows[-1])
-        else:
-            self._write_row(trainer, task, validates=True, may_give_up=True)
+        step = trainer.global_step
+        begun = next((row for row in read_metrics(self.run.metrics)[-1:] if int(row["step"]) == step), None)
+        if begun and begun["val_loss"] and any(int(row["step"]) == step for row in read_metrics(self.run.validation)):
+            self.scores = self.validate(trainer, task, True) or {}  # for the summary of a run that was finished before
+            return
+        self._write_row(trainer, task, validates=True, may_give_up=True, begun=begun)
 
     def close(self) -> None:
         for sink in self.sinks:
@@ -184,7 +181,7 @@ class MetricsLog(pl.Callback):
             row |= _validation_fields(next(iter(scores.values()), None))
         self.latest = self.latest | {name: float(value) for name, value in row.items() if value != ""}
         if trainer.is_global_zero:
-            self._record(row, scores)
+            self._record(row, scores, anew=begun is not None)
         self.loss_sum, self.num_asked, self._tokens_in_interval = 0.0, 0, 0
         self._interval_start = time.monotonic()
 
@@ -201,18 +198,32 @@ class MetricsLog(pl.Callback):
             "skipped_steps": self.gradients.skipped_steps,
         }
 
-    def _record(self, row: Mapping[str, Any], scores: Mapping[str, MaskedLmScores]) -> None:
+    def _record(self, row: Mapping[str, Any], scores: Mapping[str, MaskedLmScores], *, anew: bool) -> None:
         step = int(row["step"])
-        append_metrics(self.run.metrics, [row])
+        set_rows = [_set_row(step, *item) for item in scores.items()]
+        if anew:
+            keep_metrics_until(self.run.metrics, step - 1, then=[row])
+            keep_metrics_until(self.run.validation, step - 1, VALIDATION_FIELDS, then=set_rows)
+        else:
+            append_metrics(self.run.metrics, [row])
+            append_metrics(self.run.validation, set_rows, VALIDATION_FIELDS)
         if scores:
-            append_metrics(self.run.validation, [_set_row(step, *item) for item in scores.items()], VALIDATION_FIELDS)
             self.redraw_curves()
-        figures = {f"train/{name}": float(row[name]) for name in LOGGED_FIELDS if row.get(name, "") != ""}
+        figures: dict[str, float] = {}
+        if not anew:
+            figures = {f"train/{name}": float(row[name]) for name in LOGGED_FIELDS if row.get(name, "") != ""}
         for name, of_set in scores.items():
             figures |= {f"{name}/loss": of_set.loss, f"{name}/perplexity": of_set.perplexity}
             figures |= {f"{name}/accuracy": of_set.accuracy}
+        if not self._sinks_are_started:  # in a run that had made its last step before
+            self._start_sinks(step - 1)
         for sink in self.sinks:
             sink.write(step, figures)
+
+    def _start_sinks(self, step: int) -> None:
+        self._sinks_are_started = True
+        for sink in self.sinks:
+            sink.start(step)
 
 
 def _validation_fields(scores: MaskedLmScores | None) -> dict[str, float]:

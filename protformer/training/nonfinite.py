@@ -6,7 +6,7 @@ layer that gave a number which is not finite, with the state from before saved.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -40,10 +40,11 @@ class NonFiniteSteps(StepCallback):
         self._learning_rate = math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self.skipped_in_a_row}
+        return {name: getattr(self, name) for name in ("skipped_steps", "skipped_in_a_row", "gradient_norm")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped_steps, self.skipped_in_a_row = state_dict["skipped_steps"], state_dict["skipped_in_a_row"]
+        for name, value in state_dict.items():
+            setattr(self, name, value)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: TrainingBatch, batch_idx: int
@@ -72,9 +73,7 @@ class NonFiniteSteps(StepCallback):
         if self.skipped_in_a_row < self.max_in_a_row:
             return
         self.skipped_in_a_row = 0  # a resume may try as many again
-        origin = "where it began is only looked for in runs whose model is not split over devices"
-        if not is_sharded(task.model) and task.model.encoder.group is None:
-            origin = find_nonfinite(task.model, batches, trainer.strategy.precision_plugin.forward_context)
+        origin = find_nonfinite(task.model, batches, trainer.strategy.precision_plugin.forward_context)
         run = self.checkpointing.run
         if weights_are_finite(trainer, task):
             self.checkpointing.save(trainer, task)
@@ -91,13 +90,16 @@ class NonFiniteSteps(StepCallback):
 
 def find_nonfinite(
     model: ProteinLanguageModel,
-    batches: list[MaskedBatch],
+    batches: Iterable[MaskedBatch],
     context: Callable[[], AbstractContextManager[Any]],
 ) -> str:
     """Where a number first is not finite: in the weights, on the way forward, or on the way back; row by row.
 
-    Leaves the model without gradients.
+    Leaves the model without gradients. Not of a model that ranks can only go through together: they have rows of their
+    own here.
     """
+    if is_sharded(model) or model.encoder.group is not None:
+        return "where it began is not looked for, as the model or its rows are split over devices"
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             return f"the weights {name} are not finite"

@@ -14,11 +14,21 @@ from pathlib import Path
 
 from protformer.config import RunConfig, dump_yaml, load_run_config, override_run
 from protformer.corpus.token_store import TokenStore
+from protformer.decoding import flatten
 from protformer.device import choose_device, launched_rank, launched_size, require_compiler
 from protformer.errors import ConfigError, InputError, InterruptedRunError, LostRankError, OutputError
 from protformer.evaluation.masked_lm import MaskedLmScores
+from protformer.model_description import read_description
 from protformer.run_status import sole_process
+from protformer.training.fine_tuning import (
+    InitialWeights,
+    check_fine_tuning,
+    check_initial_unchanged,
+    check_same_weights,
+    save_initial_weights,
+)
 from protformer.training.fit import RunSummary, rows_per_step, train
+from protformer.training.metric_sinks import check_metric_sinks
 from protformer.training.ranks import RankLayout
 from protformer.training.run_folder import RunFolder
 from protformer.training.run_stores import Console, prepare_stores
@@ -40,6 +50,8 @@ RESUMABLE_CHANGES = frozenset(
         "log_readiness",
         "log_every_steps",
         "checkpoint_every_steps",
+        "max_skipped_steps",
+        "wandb_project",
         "precision",
         "strategy",
         "context_parallel",
@@ -59,7 +71,7 @@ STARTING_MARK = ".protformer-starting"
 
 MADE_WHILE_STARTING = (
     r"(\.?(store|validation)(-\d+)?(\.\d+\.(tmp|old)|\.building)?)|clusters|pairs\.npy"
-    r"|stores\.json(\.partial)?|config\.yaml\.partial"
+    r"|stores\.json(\.partial)?|initial_model\.json(\.partial)?|config\.yaml\.partial"
 )
 """What may be in such a folder besides the mark; nothing else is ever removed."""
 
@@ -77,6 +89,7 @@ class RunRequest:
     clusters: str | None
     pairs: str | None
     cache_dir: Path | None
+    init_from: Path | None
     max_steps: int | None
     max_time: str | None
     devices: int
@@ -98,6 +111,9 @@ def run_training(request: RunRequest, console: Console) -> str:
     device = choose_device(request.device)
     if config.training.compile:
         require_compiler(device)
+    check_metric_sinks(config)
+    has_initial = request.init_from is not None if is_new else run.initial_model.exists()
+    check_fine_tuning(config.training, config.model, has_initial=has_initial)
     num_ranks = request.devices * request.num_nodes
     rows_per_step(config, RankLayout(num_ranks=num_ranks, context_parallel=config.training.context_parallel))
     if is_new:
@@ -199,7 +215,12 @@ def _resolve_config(request: RunRequest, stored: RunConfig | None) -> RunConfig:
     source = request.config_source
     if source is None and stored is not None:
         source = str(RunFolder(request.out).config)
-    config = load_run_config(source, request.overrides)
+    initial = None
+    if stored is None and request.init_from is not None:
+        initial = read_description(request.init_from).model
+    config = load_run_config(source, request.overrides, model_defaults=initial)
+    if initial is not None and request.init_from is not None:
+        check_same_weights(request.init_from, initial, config.model)
     # --max-steps says where to stop; the schedule keeps the length that the configuration gave it.
     config = override_run(
         config,
@@ -209,7 +230,7 @@ def _resolve_config(request: RunRequest, stored: RunConfig | None) -> RunConfig:
         max_time=request.max_time,
     )
     if stored is not None:
-        before, now = _flatten(asdict(stored)), _flatten(asdict(config))
+        before, now = flatten(asdict(stored)), flatten(asdict(config))
         for path in sorted(before.keys() | now.keys()):
             if before.get(path) != now.get(path) and path not in RESUMABLE_CHANGES:
                 raise ConfigError(
@@ -238,6 +259,8 @@ def _prepare_stores(request: RunRequest, run: RunFolder, config: RunConfig, cons
             paths, run, config.data, clusters=request.clusters, pairs=request.pairs, tell=console.tell
         )
         run.save_stores(paths)
+        if request.init_from is not None:
+            save_initial_weights(run, InitialWeights.of(request.init_from))
         _write_config(run, config)
 
 
@@ -271,19 +294,9 @@ def _check_sources(request: RunRequest, run: RunFolder, config: RunConfig) -> No
     if not run.has_stores(paths):
         began = ", ".join(map(str, paths.train))
         raise InputError(f"--resume: {began}: the token store is not the one that the run began with")
+    check_initial_unchanged(run, request.init_from)
     check_validation_unchanged(paths, validation_sets(request.validation_fasta))
     check_tables_unchanged(paths, clusters=request.clusters, pairs=request.pairs)
-
-
-def _flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{path}.")
-        else:
-            flat[path] = value
-    return flat
 
 
 @contextmanager

@@ -5,8 +5,10 @@ RUN/store, RUN/validation     token stores (validation is absent when nothing is
                               second --fasta has RUN/store-2 and RUN/validation-2, and so on; a second --val-fasta
                               has RUN/validation-2
 RUN/clusters, RUN/pairs.npy   what --clusters and --pairs gave, as indices of proteins
+RUN/initial_model.json        what --init-from named
 RUN/metrics.csv, curves.png   figures as they come; also readiness.csv if training.log_readiness is on
 RUN/validation.csv            a line for each validation and set of held-out proteins
+RUN/tensorboard, wandb        the same figures, where these packages are (`metric_sinks`)
 RUN/status.json, .running     how far the run has come, and the lock of the process that trains (`run_status`)
 RUN/checkpoints/last.ckpt     state for --resume only
 RUN/model/                    the model folder
@@ -76,6 +78,14 @@ class RunFolder:
     @property
     def curves(self) -> Path:
         return self.root / "curves.png"
+
+    @property
+    def initial_model(self) -> Path:
+        return self.root / "initial_model.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
 
     @property
     def checkpoint(self) -> Path:
@@ -156,14 +166,20 @@ def append_metrics(path: Path, rows: Sequence[Mapping[str, object]], fields: Seq
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def keep_metrics_until(path: Path, step: int, fields: Sequence[str] = METRIC_FIELDS) -> None:
-    """Drop rows behind `step`: a run that was killed had gone further than its last checkpoint."""
+def keep_metrics_until(
+    path: Path, step: int, fields: Sequence[str] = METRIC_FIELDS, *, then: Sequence[Mapping[str, object]] = ()
+) -> None:
+    """Drop rows behind `step`, and put those of `then` there, in one move.
+
+    A run that was killed had gone further than its last checkpoint.
+    """
 
     def write(partial: Path) -> None:
         with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fields)
+            writer = csv.DictWriter(file, fields, restval="")
             writer.writeheader()
             writer.writerows(kept)
+            writer.writerows(then)
 
     kept = [row for row in read_metrics(path) if row["step"].isdigit() and int(row["step"]) <= step]
     write_whole(path, write)

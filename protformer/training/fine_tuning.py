@@ -1,0 +1,161 @@
+"""Training that begins from a model: its weights, frozen lower layers, and low-rank adapters.
+
+In: the model folder of --init-from, and `training.frozen_layers` or `training.lora`. Out: a model to train, of which
+`build_optimizer` takes what still learns; and of an adapted model the plain one it equals. LoRA is Hu et al. 2022,
+"LoRA: Low-Rank Adaptation of Large Language Models", eq. 3, by the peft library: our `rank` is their r.
+"""
+
+import importlib.util
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from protformer.checkpoint import load_model
+from protformer.config import LoraConfig, ModelConfig, TrainingConfig
+from protformer.decoding import decode, flatten
+from protformer.errors import ConfigError, InputError
+from protformer.model.encoder import Encoder
+from protformer.model.masked_lm_head import ProteinLanguageModel
+from protformer.model_description import (
+    InitialModel,
+    find_model_folder,
+    model_name,
+    read_description,
+    weights_sha256,
+)
+from protformer.training.run_folder import RunFolder
+from protformer.whole_file import write_whole
+
+ADAPTER = "default"
+"""peft's name for the one adapter of a layer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitialWeights:
+    """Where a run's first weights are: `initial_model.json` of the run folder."""
+
+    path: str
+    model: InitialModel
+
+    @classmethod
+    def of(cls, path: Path) -> "InitialWeights":
+        """Of a model folder or run folder. Raises ModelFolderError."""
+        folder = find_model_folder(path)
+        model = InitialModel(
+            name=model_name(folder),
+            weights_sha256=weights_sha256(folder),
+            training=read_description(folder).training,
+        )
+        return cls(path=str(folder.resolve()), model=model)
+
+
+def save_initial_weights(run: RunFolder, initial: InitialWeights) -> None:
+    text = json.dumps(asdict(initial), indent=1) + "\n"
+    write_whole(run.initial_model, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_initial_weights(run: RunFolder) -> InitialWeights | None:
+    """None if the run began with random weights."""
+    if not run.initial_model.is_file():
+        return None
+    return decode(InitialWeights, json.loads(run.initial_model.read_text(encoding="utf-8")))
+
+
+def check_initial_unchanged(run: RunFolder, init_from: Path | None) -> None:
+    """Refuse to resume with another initial model than the run began with; without the option, that one counts."""
+    if init_from is None:
+        return
+    began = read_initial_weights(run)
+    if began is None:
+        raise InputError(f"--resume: --init-from {init_from}: the run began with random weights")
+    if InitialWeights.of(init_from).model.weights_sha256 != began.model.weights_sha256:
+        raise InputError(f"--resume: --init-from {init_from}: the run began from other weights ({began.path})")
+
+
+def check_fine_tuning(config: TrainingConfig, model: ModelConfig, *, has_initial: bool) -> None:
+    """Raise ConfigError for what does not go together, or needs a package that is missing."""
+    if config.frozen_layers > model.num_layers:
+        raise ConfigError(
+            f"training.frozen_layers: {config.frozen_layers} is more than the model has (model.num_layers"
+            f" {model.num_layers})"
+        )
+    if config.lora is None:
+        return
+    if not has_initial:
+        raise ConfigError("training.lora: adapts a trained model; name it by --init-from")
+    if config.frozen_layers:
+        raise ConfigError("training.frozen_layers: with training.lora all layers are frozen; leave one of them out")
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError("training.lora: needs the package peft: pip install 'protformer[lora]'")
+
+
+def check_same_weights(path: Path, initial: ModelConfig, chosen: ModelConfig) -> None:
+    """Refuse a configuration in which the initial model's weights would not fit, or would mean something else.
+
+    Dropout may differ, and how attention is computed from queries and keys, as long as that has no weights of its own.
+    """
+    theirs, ours = flatten(asdict(initial)), flatten(asdict(chosen))
+    differing = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
+    fits = _weight_shapes(initial) == _weight_shapes(chosen)
+    for name in differing:
+        if name != "dropout" and not (fits and name.startswith("attention.")):
+            raise ConfigError(
+                f"--init-from {path}: model.{name} is {theirs.get(name)!r} in that model and {ours.get(name)!r} in this"
+                f" configuration; leave it out to train that model on, or leave out --init-from"
+            )
+
+
+def load_initial_weights(model: ProteinLanguageModel, initial: InitialWeights) -> None:
+    """Copy the weights; and with the same attention its random features too, which last until the first redraw."""
+    now = InitialWeights.of(Path(initial.path))
+    if now.model.weights_sha256 != initial.model.weights_sha256:
+        raise InputError(f"{initial.path}: is not the model that the run was to begin from; its weights have changed")
+    source, description = load_model(Path(initial.path), torch.device("cpu"))
+    kept = dict(source.named_parameters())
+    if description.model.attention == model.config.attention:
+        kept = source.state_dict()
+    model.load_state_dict(kept, strict=False)
+
+
+def freeze_lower_layers(encoder: Encoder, num_layers: int) -> None:
+    """Keep the embedding, which is also the output matrix, and this many blocks from below as they are."""
+    if num_layers:
+        for module in (encoder.embedding, *list(encoder.blocks)[:num_layers]):
+            module.requires_grad_(False)
+
+
+def add_lora(model: ProteinLanguageModel, config: LoraConfig) -> None:
+    """Put adapters beside the linear layers named; nothing else learns from here on."""
+    import peft
+
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets)), model, ADAPTER
+    )
+
+
+def without_lora(model: ProteinLanguageModel) -> ProteinLanguageModel:
+    """A plain model with W + (alpha / rank) B A in place of each adapted W; the weights of others are shared."""
+    from peft.tuners.lora import Linear as LoraLinear
+
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        layer, _, suffix = name.partition(".base_layer.")
+        if layer in adapted:
+            update = adapted[layer].get_delta_weight(ADAPTER) if suffix == "weight" else None
+            tensors[f"{layer}.{suffix}"] = tensor if update is None else tensor + update
+        elif ".lora_" not in name:
+            tensors[name] = tensor
+    with torch.device("meta"):
+        plain = ProteinLanguageModel(model.config, seed=0)
+    plain.load_state_dict(tensors, assign=True)
+    return plain
+
+
+def _weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = ProteinLanguageModel(config, seed=0)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
