@@ -231,6 +231,7 @@ class TrainingConfig:
             whole = "adamw with training.strategy fsdp, as Muon needs whole matrices"
             _require(self.optimizer == "adamw", "training.optimizer", self.optimizer, whole)
             _require(not self.log_readiness, "training.log_readiness", self.log_readiness, "false with fsdp")
+            _require(self.lora is None, "training.lora", self.lora, "left out with training.strategy fsdp")
 
     @property
     def num_schedule_steps(self) -> int:

@@ -73,9 +73,7 @@ class NonFiniteSteps(StepCallback):
         if self.skipped_in_a_row < self.max_in_a_row:
             return
         self.skipped_in_a_row = 0  # a resume may try as many again
-        origin = "where it began is only looked for in runs whose model is not split over devices"
-        if not is_sharded(task.model) and task.model.encoder.group is None:
-            origin = find_nonfinite(task.model, batches, trainer.strategy.precision_plugin.forward_context)
+        origin = find_nonfinite(task.model, batches, trainer.strategy.precision_plugin.forward_context)
         run = self.checkpointing.run
         if weights_are_finite(trainer, task):
             self.checkpointing.save(trainer, task)
@@ -97,8 +95,11 @@ def find_nonfinite(
 ) -> str:
     """Where a number first is not finite: in the weights, on the way forward, or on the way back; row by row.
 
-    Leaves the model without gradients.
+    Leaves the model without gradients. Not of a model that ranks can only go through together: they have rows of their
+    own here.
     """
+    if is_sharded(model) or model.encoder.group is not None:
+        return "where it began is not looked for, as the model or its rows are split over devices"
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             return f"the weights {name} are not finite"
