@@ -23,7 +23,13 @@ from protformer.corpus.cluster_members import ClusterMembers
 from protformer.corpus.interacting_pairs import InteractingPairs
 from protformer.corpus.sampling import Corpus
 from protformer.corpus.token_store import TokenStore
-from protformer.device import choose_device, choose_precision, make_deterministic, memory_refused_in_time
+from protformer.device import (
+    choose_device,
+    choose_precision,
+    keep_freed_memory,
+    make_deterministic,
+    memory_refused_in_time,
+)
 from protformer.errors import ConfigError, InputError, InterruptedRunError
 from protformer.evaluation.figures import plot_training_curves
 from protformer.evaluation.masked_lm import MaskedLmScores, evaluate_masked_lm
@@ -75,6 +81,7 @@ def train(
     precision = choose_precision(config.training.precision, torch_device)
     step_rows = rows_per_step(config, num_ranks=devices * num_nodes)
     make_deterministic()
+    keep_freed_memory(torch_device)
     corpus, validation_stores = open_corpus(run.load_stores())
     counts = _residue_counts(corpus)
     torch.manual_seed(config.seed)
