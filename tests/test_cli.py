@@ -89,6 +89,15 @@ def test_a_duplicate_id_is_an_error_until_told_what_to_do(capsys, model, tmp_pat
         assert f"{count} proteins embedded" in capsys.readouterr().out
 
 
+def test_an_input_error_before_the_first_protein_leaves_no_file(capsys, model, tmp_path):
+    fasta, out = tmp_path / "twice.fa", tmp_path / "e.h5"
+    fasta.write_text(">a\nMKV\n>a\nMKL\n")
+    command = ["embed", "--model", model, "--fasta", fasta, "--out", out, "--quiet"]
+    assert "kept" not in error_line(capsys, command)
+    assert [path.name for path in tmp_path.iterdir()] == ["twice.fa"]
+    assert run([str(word) for word in (*command, "--on-duplicate", "suffix")]) == 0
+
+
 def test_changed_letters_are_counted_once_on_stderr(capsys, model, tmp_path):
     fasta = tmp_path / "odd.fa"
     fasta.write_text(">a\nmkJv*\n>b\nM-K.L\n")
