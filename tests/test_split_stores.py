@@ -208,7 +208,11 @@ def test_a_number_of_families_is_chosen_by_a_key(tmp_path):
     ("options", "message"),
     [
         (["--hold-out-families", "PF1"], "'PF1': no protein has this family in"),
-        (["--hold-out-families", "20"], "gives 1 families of at least 10 proteins here; choose fewer"),
+        (
+            ["--hold-out-families", "20"],
+            "20: a number chooses among families of at least 10 proteins, of which there are 1 here: ",
+        ),
+        (["--hold-out-families", "0"], "knows 13 of the 20 proteins, number of families 2); give 1 to 1, or names"),
         (["--hold-out-families", "PF2", "--family-column", "5"], "line 1: expected a family in column 5, found 2"),
         (
             ["--hold-out-families", "PF2", "--family-column", "pfam"],
@@ -219,12 +223,25 @@ def test_a_number_of_families_is_chosen_by_a_key(tmp_path):
 )
 def test_a_mistake_about_families_is_told_in_one_line(tmp_path, capsys, options, message):
     table = tmp_path / "families.tsv"
-    table.write_text("".join(f"p0_{i}\tPF2\n" for i in range(12)))
+    table.write_text("".join(f"p0_{i}\tPF2\n" for i in range(12)) + "p0_12\tPF3\n")
     assert prepare(tmp_path, random_proteins(20), "--split", "hash", "--families", table, "-q", *options) == 1
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
     assert not (tmp_path / "split").exists()
+
+
+def test_the_only_large_family_can_be_held_out_by_number_and_small_ones_only_by_name(tmp_path, capsys):
+    table = tmp_path / "families.tsv"
+    options = ("--split", "hash", "--families", table, "--hold-out-families")
+    table.write_text("".join(f"p0_{i}\tPF2\n" for i in range(12)))
+    assert prepare(tmp_path, random_proteins(40), *options, 1) == 0
+    assert json.loads((tmp_path / "split" / "split.json").read_text())["families"]["held_out"] == ["PF2"]
+    table.write_text("p0_1\tPF2\n")
+    capsys.readouterr()
+    assert prepare(tmp_path, random_proteins(40), *options, 1, "-q", out="none") == 1
+    assert "there are 0 here" in (told := capsys.readouterr().err)
+    assert "knows 1 of the 40 proteins, number of families 1); give names instead" in told
 
 
 @pytest.mark.parametrize(
