@@ -181,6 +181,18 @@ def test_debug_mode_shows_the_traceback(model, tmp_path):
     assert debug.returncode == 1
 
 
+def test_sigterm_is_an_interruption_told_in_one_line():
+    """The command waits for its input when the signal comes."""
+    command = [sys.executable, "-m", "protformer", "data", "stats", "--fasta", "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdin.write(b">a\n" + b"MKV\n" * 200_000)  # all but a pipe's buffer of it was read when this returns
+        process.stdin.flush()
+        process.terminate()
+        process.wait(timeout=60)
+        assert process.stderr.read().strip() == b"error: interrupted"
+    assert process.returncode == 130
+
+
 def test_a_reader_that_leaves_early_is_no_error(model):
     command = f"{sys.executable} -m protformer describe {model} | head -n 0"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protformer.cli import run
+from protformer.corpus import split_stores
 from protformer.corpus.families import read_families
 from protformer.corpus.identifiers import hash_names
 from protformer.corpus.split_sides import PRECEDENCE, Side, drop_copies, drop_relatives, sides_by_share
@@ -150,6 +151,22 @@ def test_a_missing_or_failing_mmseqs_is_told_in_one_line_and_leaves_nothing(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "proteins.fa"]
 
 
+def test_a_split_that_is_interrupted_does_not_read_the_proteins_again(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    proteins = random_proteins(50)
+    with monkeypatch.context() as patched:
+        patched.setattr(split_stores, "_divide", interrupted)
+        assert prepare(tmp_path, proteins, "--split", "hash", "-q") == 130
+    message = f"error: interrupted; the same command goes on with the proteins read so far, else delete {tmp_path}"
+    assert capsys.readouterr().err == f"{message}/.split.splitting\n"
+    assert prepare(tmp_path, proteins, "--split", "hash") == 0
+    assert "the proteins were read already" in capsys.readouterr().err
+    assert sides(tmp_path / "split").keys() == proteins.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["proteins.fa", "split"]
+
+
 def test_held_out_families_are_whole_in_ood_and_nowhere_else(tmp_path):
     proteins = random_proteins(300)
     proteins["copy"] = proteins["p0_0"]
@@ -210,7 +227,7 @@ def test_a_number_of_families_is_chosen_by_a_key(tmp_path):
         (["--hold-out-families", "PF1"], "'PF1': no protein has this family in"),
         (
             ["--hold-out-families", "20"],
-            "20: a number chooses among families of at least 10 proteins, of which there are 1 here: ",
+            "20: a number chooses among families of at least 10 proteins, of which there are 1 here (",
         ),
         (["--hold-out-families", "0"], "knows 13 of the 20 proteins, number of families 2); give 1 to 1, or names"),
         (["--hold-out-families", "PF2", "--family-column", "5"], "line 1: expected a family in column 5, found 2"),

@@ -19,8 +19,9 @@ def command(fasta: tuple[str, ...], out: Path, workers: int | None, split: dict[
     """Turn FASTA into a token store.
 
     `train` does this by itself; prepare once to train several times on a large file: `train --fasta STORE`. Duplicate
-    ids are allowed, ids are kept. The store is the same whatever the number of workers; after a kill, the same command
-    goes on from where it was.
+    ids are allowed, ids are kept. The store is the same whatever the number of workers. After Ctrl-C, SIGTERM or a kill,
+    the same command goes on from the parts that were finished: plain FASTA is read in parts of 64 MiB, a compressed
+    file whole.
 
     With --split, STORE holds one token store each for train, validation, test and ood (families held out whole), and
     split.json, which says how they were made: `train --fasta STORE/train --val-fasta STORE/validation`. Whole clusters
@@ -33,7 +34,7 @@ def command(fasta: tuple[str, ...], out: Path, workers: int | None, split: dict[
     from protformer.cli.progress import StderrConsole
     from protformer.corpus.build_workers import num_cores
     from protformer.corpus.store_manifest import StoreManifest
-    from protformer.corpus.token_store import build_token_store
+    from protformer.corpus.token_store import TokenStore, build_token_store
     from protformer.errors import OutputError
 
     request = split_request(split)
@@ -42,8 +43,13 @@ def command(fasta: tuple[str, ...], out: Path, workers: int | None, split: dict[
     console = StderrConsole(quiet=quiet)
 
     def build(store: Path) -> StoreManifest:
+        if store.exists() and (left := TokenStore.open(store)).difference_from(fasta) is None:
+            console.tell("the proteins were read already, before an interruption")
+            return left.manifest
         with console.byte_progress(fasta) as progress:
-            manifest = build_token_store(fasta, store, workers=workers or num_cores(), progress=progress)
+            manifest = build_token_store(
+                fasta, store, workers=workers or num_cores(), progress=progress, tell=console.tell
+            )
         console.tell(manifest.changes_summary())
         return manifest
 

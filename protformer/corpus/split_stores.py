@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protformer import __version__
+from protformer.corpus.build_lock import LOCK_FILE, exclusive_folder, remove_exclusive_folder
 from protformer.corpus.clusters import Unlisted, read_clusters
 from protformer.corpus.families import choose_families, read_families
 from protformer.corpus.identifiers import hash_names, stored_ids
@@ -34,9 +35,10 @@ from protformer.corpus.mmseqs import MAX_SEARCH_EVALUE, SEARCH_MARGIN, SENSITIVI
 from protformer.corpus.records import select_proteins
 from protformer.corpus.split_manifest import FORMAT_VERSION, SPLIT_FILE, SplitManifest
 from protformer.corpus.split_sides import STORE_NAMES, Side, drop_copies, drop_relatives, hold_out, sides_by_share
+from protformer.corpus.store_build import building_folder, has_finished_parts
 from protformer.corpus.store_manifest import StoreManifest
 from protformer.corpus.token_store import TokenStore, TokenStoreWriter
-from protformer.errors import InputError, OutputError
+from protformer.errors import InputError, InterruptedRunError, OutputError
 
 SplitMethod = Literal["clusters", "mmseqs", "hash"]
 
@@ -44,6 +46,9 @@ UNLISTED = "not in the cluster table"
 CLUSTERED_WITH_OOD = "in a cluster with a held-out family"
 COPIES = "with the sequence of another side"
 RELATIVES = "similar to another side's"
+
+ALL = "all"
+"""Where the store of all proteins is, in the folder that is worked in."""
 
 _PROTEINS_AT_ONCE = 1 << 16
 
@@ -92,21 +97,19 @@ def prepare_split(
 
     `build` makes a token store of all proteins at the path that it is given; `tell` is told what takes long. Raises
     InputError for tables, ConfigError without MMseqs2 where it is needed (both before anything is read, if possible),
-    OutputError for `out`.
+    OutputError for `out`, InterruptedRunError if Ctrl-C left something to go on from.
     """
     with _work_folder(out) as folder:
         needs_mmseqs = request.search or request.method == "mmseqs"
         (folder / "work").mkdir()
         mmseqs = MMseqs.find(folder / "work", threads=request.threads) if needs_mmseqs else None
-        build(folder / "all")
-        store = TokenStore.open(folder / "all")
+        build(folder / ALL)
+        store = TokenStore.open(folder / ALL)
         division = _divide(store, request, mmseqs, tell)
         if not (division.sides == Side.TRAIN).any():
             raise InputError("no proteins are left to train on; hold out less")
-        manifest = _write_stores(store, division, request, mmseqs, folder)
-        shutil.rmtree(folder / "all")
-        shutil.rmtree(folder / "work")
-        (folder / SPLIT_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        manifest = _write_stores(store, division, request, mmseqs, folder / "result")
+        (folder / "result" / SPLIT_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 
@@ -242,16 +245,34 @@ def _hash_sequences(store: TokenStore) -> NDArray[np.uint64]:
 
 @contextmanager
 def _work_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place at the end; nothing is left of it if the block fails."""
+    """A folder beside `out` to work in, whose `result` takes the place of `out` at the end.
+
+    If the block fails nothing is left of it. If the user or a kill stops it, a store of all proteins is left, whole or
+    half built: the next one goes on with that.
+    """
     final = Path(os.path.abspath(out))
-    folder = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        if final.exists():
-            final.rmdir()  # the caller has seen that it is empty
-        folder.rename(final)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder = final.with_name(f".{final.name}.splitting")
+    with exclusive_folder(folder, out):
+        try:
+            for entry in folder.iterdir():
+                if entry.name not in (LOCK_FILE, ALL, building_folder(folder / ALL).name):
+                    shutil.rmtree(entry)
+            (folder / "result").mkdir()
+            yield folder
+            if final.exists():
+                final.rmdir()  # the caller has seen that it is empty
+            (folder / "result").rename(final)
+        except (InterruptedRunError, KeyboardInterrupt) as error:
+            if not ((folder / ALL).exists() or has_finished_parts(building_folder(folder / ALL))):
+                remove_exclusive_folder(folder)
+                raise
+            raise InterruptedRunError(
+                f"interrupted; the same command goes on with the proteins read so far, else delete {folder}"
+            ) from error
+        except OSError as error:
+            remove_exclusive_folder(folder)
+            raise OutputError(f"{out}: cannot be written: {error.strerror or error}") from error
+        except BaseException:
+            remove_exclusive_folder(folder)
+            raise
+        remove_exclusive_folder(folder)

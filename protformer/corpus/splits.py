@@ -26,10 +26,16 @@ def build_split_stores(
     fraction: float,
     workers: int = 1,
     progress: Callable[[int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> int:
     """Write both token stores; the number of proteins held out (without any, there is no validation store)."""
     _, held_out = build_stores(
-        fasta, [train, validation], divide=HashSplit(fraction=fraction), workers=workers, progress=progress
+        fasta,
+        [train, validation],
+        divide=HashSplit(fraction=fraction),
+        workers=workers,
+        progress=progress,
+        tell=tell,
     )
     return held_out.num_proteins if held_out is not None else 0
 

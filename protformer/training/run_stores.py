@@ -148,7 +148,7 @@ def _build(fasta: Sequence[str], store: Path, console: Console) -> None:
         console.tell(f"using the token store {store}")
         return
     with console.byte_progress(fasta) as progress:
-        manifest = build_token_store(fasta, store, workers=num_cores(), progress=progress)
+        manifest = build_token_store(fasta, store, workers=num_cores(), progress=progress, tell=console.tell)
     console.tell(manifest.changes_summary())
 
 
@@ -158,7 +158,13 @@ def _split(fasta: Sequence[str], train: Path, validation: Path, fraction: float,
         return
     with console.byte_progress(fasta) as progress:
         held_out = build_split_stores(
-            fasta, train=train, validation=validation, fraction=fraction, workers=num_cores(), progress=progress
+            fasta,
+            train=train,
+            validation=validation,
+            fraction=fraction,
+            workers=num_cores(),
+            progress=progress,
+            tell=console.tell,
         )
     console.tell(TokenStore.open(train).manifest.changes_summary())
     console.tell(
