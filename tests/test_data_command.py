@@ -68,6 +68,18 @@ def test_a_store_beside_a_file_is_refused(tmp_path, capsys):
     assert "one token store, or FASTA files, not both" in capsys.readouterr().err
 
 
+def test_a_store_is_exported_as_fasta_and_taken_wherever_fasta_is(tmp_path, capsys):
+    fasta = write_fasta(tmp_path / "a.fa", ["MKV" * 50, "AAA", "MKVJ", "AAA"])
+    store, out, unique = tmp_path / "store", tmp_path / "out.fa.gz", tmp_path / "unique.fa"
+    assert run(["prepare", "--fasta", str(fasta), "--out", str(store), "-q"]) == 0
+    assert run(["data", "export", "--fasta", str(store), "--out", str(out)]) == 0
+    assert f"{out}: 4 proteins, 160 residues" in capsys.readouterr().out
+    expected = [(record.id, record.sequence) for record in read_fasta(fasta)]
+    assert [(record.header, record.sequence) for record in read_fasta(out)] == expected
+    assert run(["data", "dedup", "--fasta", str(store), "--out", str(unique)]) == 0
+    assert [(record.header, record.sequence) for record in read_fasta(unique)] == expected[:3]
+
+
 @pytest.mark.parametrize("name", ["out.fa", "out.fa.gz"])
 def test_dedup_keeps_the_first_of_each_sequence_with_its_header(tmp_path, capsys, name):
     first = write_fasta(tmp_path / "a.fa", ["MKV" * 50, "AAA", "MKV" * 50, "aaa"])

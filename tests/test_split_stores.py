@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -149,6 +150,21 @@ def test_a_missing_or_failing_mmseqs_is_told_in_one_line_and_leaves_nothing(tmp_
     assert prepare(tmp_path, {"a": "MKWWWWW"}, "--split", "mmseqs", "-q") == 1
     assert capsys.readouterr().err == "error: mmseqs easy-linclust failed with exit code 1: Error: out of cheese\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "proteins.fa"]
+
+
+def test_a_table_tells_where_each_protein_went_and_why(tmp_path, fake_mmseqs):
+    proteins = random_proteins(200)
+    proteins["copy"] = proteins["p0_0"]
+    assert prepare(tmp_path, proteins, "--split", "mmseqs", *FRACTIONS) == 0
+    header, *rows = [line.split("\t") for line in (tmp_path / "split" / "sides.tsv").read_text().splitlines()]
+    assert header == ["id", "side", "reason"]
+    assert [row[0] for row in rows] == list(proteins)
+    found = sides(tmp_path / "split")
+    assert {name: side for name, side, _ in rows if side != "dropped"} == found
+    counts = Counter(reason for _, side, reason in rows if side == "dropped")
+    dropped = json.loads((tmp_path / "split" / "split.json").read_text())["dropped"]
+    assert counts == {reason: count for reason, count in dropped.items() if count}
+    assert counts["similar to another side's"] > 0
 
 
 def test_a_split_that_is_interrupted_does_not_read_the_proteins_again(tmp_path, monkeypatch, capsys):

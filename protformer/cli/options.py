@@ -14,7 +14,11 @@ FilePath = click.Path(path_type=Path)
 def fasta_option(**extra: Any) -> Callable[[Function], Function]:
     """`--fasta`: paths, or `-` for stdin; existence is checked by the reader, which says more."""
     return click.option(
-        "--fasta", required=True, metavar="FILE", help="FASTA: plain, .gz, .bgz, .zst, or - for stdin.", **extra
+        "--fasta",
+        required=True,
+        metavar="FILE",
+        help="FASTA: plain, .gz, .bgz, .zst, or - for stdin; or a token store.",
+        **extra,
     )
 
 

@@ -75,8 +75,9 @@ def command(
       protformer predict-contacts --model runs/trembl --fasta proteins.fa --out contacts --plot
     """
     from protformer.cli.progress import StderrConsole, count_progress
-    from protformer.corpus.fasta import FastaReport, SequenceRecord, read_fasta
+    from protformer.corpus.fasta import FastaReport, SequenceRecord
     from protformer.corpus.named_records import read_named
+    from protformer.corpus.stored_records import read_proteins
     from protformer.inference.contact_writers import contact_paths, write_contacts
     from protformer.inference.contacts import chains_of_pairs, only_named, predict_contacts
     from protformer.inference.session import open_session
@@ -93,7 +94,7 @@ def command(
     if pairs is not None and ids:
         raise click.UsageError("--pairs and --ids exclude each other: pairs name their proteins")
     if pairs is None:
-        records = only_named(ids, find(ids)) if ids else read_fasta(fasta, on_duplicate=on_duplicate, report=report)
+        records = only_named(ids, find(ids)) if ids else read_proteins(fasta, on_duplicate=on_duplicate, report=report)
     tasks = ((record,) for record in records) if pairs is None else chains_of_pairs(pairs, find)
     out.mkdir(parents=True, exist_ok=True)
     chosen = tuple(dict.fromkeys(formats))

@@ -19,13 +19,14 @@ def command(fasta: tuple[str, ...], out: Path, workers: int | None, split: dict[
     """Turn FASTA into a token store.
 
     `train` does this by itself; prepare once to train several times on a large file: `train --fasta STORE`. Duplicate
-    ids are allowed, ids are kept. The store is the same whatever the number of workers. After Ctrl-C, SIGTERM or a kill,
-    the same command goes on from the parts that were finished: plain FASTA is read in parts of 64 MiB, a compressed
-    file whole.
+    ids are allowed, ids are kept. The store is the same whatever the number of workers. After Ctrl-C, SIGTERM or a
+    kill, the same command goes on from the parts that were finished: plain FASTA is read in parts of 64 MiB, a
+    compressed file whole.
 
     With --split, STORE holds one token store each for train, validation, test and ood (families held out whole), and
-    split.json, which says how they were made: `train --fasta STORE/train --val-fasta STORE/validation`. Whole clusters
-    go to one side by a keyed hash, so that they stay there when proteins are added.
+    split.json and sides.tsv, which say how they were made and where each protein went: `train --fasta STORE/train
+    --val-fasta STORE/validation`. Whole clusters go to one side by a keyed hash, so that they stay there when proteins
+    are added.
 
     \b
     Example:

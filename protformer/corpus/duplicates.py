@@ -65,8 +65,8 @@ class UniqueIds:
 
 
 def reads_twice(sources: Sequence[Source]) -> bool:
-    """Whether all sources are regular files, which can be read once more."""
-    return all(not is_stdin(source) and Path(source).is_file() for source in sources)
+    """Whether all sources are regular files or token stores, which can be read once more."""
+    return all(not is_stdin(source) and (Path(source).is_file() or Path(source).is_dir()) for source in sources)
 
 
 def quote(text: str) -> str:

@@ -1,11 +1,10 @@
 """A few proteins by name, from a FASTA file that may be very large.
 
-In: a FASTA source and ids. Out: the `SequenceRecord`s with these ids, in the order of the file. Beside a plain file an
-index as `samtools faidx` writes it (`FILE.fai`), not older than the file, is used: then only the index and the named
-records are read, by pyfaidx, and nothing else of the file is checked. No index is made here: reading the whole file
-once is faster than making one, and nobody's folder gets files that were not asked for. Only the lines of the index that
-are wanted reach pyfaidx, which would hold 538 bytes for each record otherwise.
-"""
+In: a FASTA source, or a token store, and ids. Out: the `SequenceRecord`s with these ids, in the order of the file.
+Beside a plain file an index as `samtools faidx` writes it (`FILE.fai`), not older than the file, is used: then only the
+index and the named records are read, by pyfaidx, and nothing else of the file is checked. No index is made here:
+reading the whole file once is faster than making one, and nobody's folder gets files that were not asked for. Only the
+lines of the index that are wanted reach pyfaidx, which would hold 538 bytes for each record otherwise."""
 
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -14,8 +13,9 @@ from pathlib import Path
 from protformer.alphabet import INVALID
 from protformer.corpus.compression import Source, describe_source, is_stdin, readable
 from protformer.corpus.duplicates import OnDuplicate, quote
-from protformer.corpus.fasta import FastaReport, SequenceRecord, read_fasta
+from protformer.corpus.fasta import FastaReport, SequenceRecord
 from protformer.corpus.letters import ALLOWED, CLOSE, LETTER_CODES, change_letters, find_bad_letter
+from protformer.corpus.stored_records import read_proteins
 from protformer.corpus.tables import read_lines
 from protformer.errors import InputError
 
@@ -42,7 +42,7 @@ def read_named(
     if index is not None:
         yield from _read_by_index(Path(source), index, _find_lines(index, names, on_duplicate, source), report)
         return
-    for record in read_fasta(source, on_duplicate=on_duplicate, report=report):
+    for record in read_proteins(source, on_duplicate=on_duplicate, report=report):
         if record.id in names:
             yield record
 
