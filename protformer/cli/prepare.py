@@ -10,7 +10,7 @@ from protformer.cli.split_options import split_options, split_request
 
 
 @click.command("prepare")
-@fasta_option(multiple=True)
+@fasta_option(takes_stores=False, multiple=True)
 @click.option("--out", required=True, type=FilePath, metavar="STORE", help="Folder to make.")
 @workers_option
 @split_options
