@@ -66,23 +66,26 @@ def command(
     Example:
       protformer embed --model runs/trembl --fasta proteins.fa --out embeddings.h5 --per both
     """
-    from protformer.checkpoint import save_tensors
-    from protformer.cli.progress import byte_progress
-    from protformer.corpus.fasta import FastaReport
-    from protformer.corpus.stored_records import read_proteins
-    from protformer.inference.embed import LengthLimit, LengthReport, describe_embedding, embed, resolve_layer
-    from protformer.inference.embedding_writers import open_embedding_writer
-    from protformer.inference.session import open_session
-
     if max_length is None and on_long != "error":
         raise click.UsageError("--on-long needs --max-length: without it proteins are embedded whole")
+    from protformer.corpus.fasta import FastaReport
+    from protformer.corpus.stored_records import read_proteins
+    from protformer.inference.embedding_writers import check_output, open_embedding_writer
+    from protformer.model_description import find_model_folder
+
+    # Mistakes are told before torch is loaded and before anything is written.
+    check_output(out, resume=resume)
+    find_model_folder(model_path)
+    if fasta != "-":
+        next(read_proteins(fasta, on_duplicate="allow", report=FastaReport()))
+    from protformer.checkpoint import save_tensors
+    from protformer.cli.progress import byte_progress
+    from protformer.inference.embed import LengthLimit, LengthReport, describe_embedding, embed, resolve_layer
+    from protformer.inference.session import open_session
+
     session = open_session(model_path, device=device, precision=precision)
     num_blocks = resolve_layer(layer, session.model.config.num_layers)
     limit = LengthLimit(max_length=max_length, on_long=on_long)
-    if fasta != "-":
-        next(
-            read_proteins(fasta, on_duplicate="allow", report=FastaReport())
-        )  # a file that cannot be read is told before anything is written
     writer = open_embedding_writer(
         out,
         per=per,

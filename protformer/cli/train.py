@@ -73,6 +73,13 @@ def command(
       protformer train --fasta trembl.fa.gz --config small --out runs/trembl
     """
     from protformer.cli.progress import StderrConsole
+    from protformer.config import load_run_config
+    from protformer.training.run_folder import RunFolder
+
+    # Mistakes are told before torch and Lightning are loaded.
+    if not resume:
+        RunFolder(out).refuse_trained()
+        load_run_config(config, overrides)
     from protformer.training.run import RunRequest, run_training
 
     summary = run_training(
