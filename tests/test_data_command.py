@@ -80,6 +80,23 @@ def test_a_store_is_exported_as_fasta_and_taken_wherever_fasta_is(tmp_path, caps
     assert [(record.header, record.sequence) for record in read_fasta(unique)] == expected[:3]
 
 
+@pytest.mark.parametrize("command", ["data stats", "prepare --out {}/store", "train --out {}/run"])
+def test_a_file_that_is_given_twice_is_refused(tmp_path, capsys, command):
+    fasta = write_fasta(tmp_path / "a.fa", ["MKV"])
+    (tmp_path / "same.fa").symlink_to(fasta)
+    words = [*command.format(tmp_path).split(), "--fasta", str(fasta), "--fasta", str(tmp_path / "same.fa")]
+    assert run(words) == 1
+    assert capsys.readouterr().err == f"error: --fasta {tmp_path / 'same.fa'}: is given twice; leave one out\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.fa", "same.fa"]
+
+
+@pytest.mark.parametrize("options", [[], ["--split", "hash"]])
+def test_a_place_where_nothing_can_be_made_is_told_as_it_was_typed(tmp_path, capsys, options):
+    fasta = write_fasta(tmp_path / "a.fa", ["MKV"])
+    assert run(["prepare", "--fasta", str(fasta), "--out", "/proc/foo", "-q", *options]) == 1
+    assert capsys.readouterr().err == "error: /proc/foo: cannot be written: No such file or directory\n"
+
+
 @pytest.mark.parametrize("name", ["out.fa", "out.fa.gz"])
 def test_dedup_keeps_the_first_of_each_sequence_with_its_header(tmp_path, capsys, name):
     first = write_fasta(tmp_path / "a.fa", ["MKV" * 50, "AAA", "MKV" * 50, "aaa"])

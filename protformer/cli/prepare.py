@@ -34,11 +34,13 @@ def command(fasta: tuple[str, ...], out: Path, workers: int | None, split: dict[
     """
     from protformer.cli.progress import StderrConsole
     from protformer.corpus.build_workers import num_cores
+    from protformer.corpus.duplicates import refuse_repeated_sources
     from protformer.corpus.store_manifest import StoreManifest
     from protformer.corpus.token_store import TokenStore, build_token_store
     from protformer.errors import OutputError
 
     request = split_request(split)
+    refuse_repeated_sources(fasta)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: exists already; choose another --out, or delete it")
     console = StderrConsole(quiet=quiet)

@@ -167,8 +167,10 @@ def _split(fasta: Sequence[str], train: Path, validation: Path, fraction: float,
             tell=console.tell,
         )
     console.tell(TokenStore.open(train).manifest.changes_summary())
+    num_proteins = held_out + len(TokenStore.open(train))
     console.tell(
-        f"held out for validation: {held_out:,} proteins, by a hash of the sequence; homologs may be in training"
+        f"held out for validation: {held_out:,} of the {num_proteins:,} proteins in {', '.join(fasta)}, by a hash of the"
+        " sequence; homologs may be in training"
     )
 
 
