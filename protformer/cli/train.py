@@ -18,7 +18,8 @@ from protformer.cli.options import FilePath, device_option, fasta_option, quiet_
     "--val-fasta",
     multiple=True,
     metavar="[NAME=]FILE",
-    help="Held-out proteins, FASTA or a store, one set or several; else a share is held out by hash of the sequence.",
+    help="Held-out proteins, FASTA or a store, one set or several; else a share is held out, by hash of the "
+    "sequence, or whole clusters with --clusters.",
 )
 @click.option(
     "--clusters",

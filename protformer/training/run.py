@@ -225,6 +225,7 @@ def _prepare_stores(request: RunRequest, run: RunFolder, config: RunConfig, cons
             beside=run.root,
             cache=request.cache_dir,
             fraction=config.data.validation_fraction,
+            clusters=request.clusters,
             console=console,
         )
         for path in paths.train:
