@@ -2,7 +2,8 @@
 
 Run as `python split_attention_rank.py RANK NUM_RANKS FOLDER`. Writes to FOLDER/RANK.json, by case, the largest relative
 error of outputs and gradients, and how large it may be: in float32, 1e-6 above twice the rounding error of one process
-(sums of many equal features, such as ReLU's epsilon, are rounded one way). Groups are all ranks, and each half of them.
+(sums of many equal features, such as ReLU's epsilon, are rounded one way). Groups are all ranks, and, for some kinds,
+each half of them.
 """
 
 import json
@@ -55,7 +56,8 @@ def main(rank: int, num_ranks: int, folder: Path) -> None:
     results: dict[str, tuple[float, float]] = {}
     for ranks in (dist.group.WORLD, halves[rank // half]):
         group = SequenceGroup(ranks)
-        for name, config in CONFIGS.items():
+        kinds = CONFIGS if group.size == num_ranks else {name: CONFIGS[name] for name in ("hyperbolic", "relu")}
+        for name, config in kinds.items():
             for causal in (False, True):
                 case = f"{group.size} ranks, {name}, {'causal' if causal else 'bidirectional'}"
                 for layout, segments in layouts().items():

@@ -7,7 +7,7 @@ ranks of the gradient of (loss sum of a rank / positions asked for on all ranks)
 or its part of rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -131,10 +131,10 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def over_ranks(trainer: pl.Trainer, numbers: list[float], operation: str) -> list[float]:
+def over_ranks(trainer: pl.Trainer, numbers: Sequence[float | int], operation: str) -> list[float]:
     """Elementwise `sum`, `min` or `max` over all ranks."""
     if trainer.world_size == 1:
-        return numbers
+        return [float(number) for number in numbers]
     own = torch.tensor(numbers, dtype=torch.float64, device=trainer.strategy.root_device)
     over_all: Tensor = trainer.strategy.reduce(own, reduce_op=operation)
     return over_all.tolist()
@@ -158,7 +158,8 @@ def losses_of_ranks_told(config: TrainingConfig) -> Iterator[None]:
         is_initialized = dist.is_available() and dist.is_initialized()
         if not isinstance(error, dist.DistError) and not (is_initialized and "gloo" in str(error).lower()):
             raise
+        reason = str(error).splitlines()[0].removesuffix(".")[:300]
         raise LostRankError(
-            f"another process of this job has died, or did not answer for {config.rank_timeout}"
-            f" (training.rank_timeout); the last checkpoint is kept; add --resume to go on from it"
+            f"the processes of this job lost each other: one has died, or did not answer for {config.rank_timeout}"
+            f" (training.rank_timeout); the last checkpoint is kept; add --resume to go on from it ({reason})"
         ) from error
