@@ -170,6 +170,13 @@ def test_contacts_can_be_limited_to_some_proteins(capsys, model, fasta, tmp_path
     assert "'p9'" in error_line(capsys, [*command, "--out", tmp_path / "d", "--ids", "p9"])
 
 
+def test_a_protein_that_is_not_there_leaves_no_folder(capsys, model, fasta, tmp_path):
+    out = tmp_path / "maps"
+    command = ["predict-contacts", "--model", model, "--fasta", fasta, "--out", out, "--quiet", "--ids", "p1"]
+    assert "--ids 'P12345': no such record" in error_line(capsys, [*command, "--ids", "P12345"])
+    assert not out.exists()
+
+
 def test_debug_mode_shows_the_traceback(model, tmp_path):
     command = [sys.executable, "-m", "protformer", "describe", str(tmp_path / "none")]
     plain = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -90,6 +90,15 @@ def test_a_file_that_is_given_twice_is_refused(tmp_path, capsys, command):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.fa", "same.fa"]
 
 
+@pytest.mark.parametrize("command", ["data stats", "prepare --out {}/store"])
+def test_dna_in_place_of_proteins_is_warned_of_once(tmp_path, capsys, command):
+    for name, sequence in (("dna", "ACGTNACGTT" * 20), ("protein", "MKVLLAACDEFGHIKLNPQRSTVWY" * 20)):
+        fasta = write_fasta(tmp_path / f"{name}.fa", [sequence])
+        assert run([*command.format(tmp_path / name).split(), "--fasta", str(fasta)]) == 0
+        told = capsys.readouterr().err
+        assert told.count("100% of the letters are A, C, G, T, U or N: this looks like DNA") == (name == "dna")
+
+
 @pytest.mark.parametrize("options", [[], ["--split", "hash"]])
 def test_a_place_where_nothing_can_be_made_is_told_as_it_was_typed(tmp_path, capsys, options):
     fasta = write_fasta(tmp_path / "a.fa", ["MKV"])

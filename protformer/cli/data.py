@@ -31,11 +31,14 @@ def stats(fasta: tuple[str, ...], plot: Path | None, as_json: bool, quiet: bool)
     """
     from protformer.cli.progress import byte_progress
     from protformer.corpus.statistics import count_proteins
+    from protformer.corpus.store_manifest import nucleotide_note
 
     with byte_progress(fasta, quiet=quiet) as progress:
         statistics = count_proteins(fasta, consumed=progress)
     if not quiet and statistics.changes:
         click.echo(statistics.changes, err=True)
+    if not quiet and (note := nucleotide_note(statistics.residue_counts)):
+        click.echo(note, err=True)
     if plot is not None:
         from protformer.evaluation.corpus_figure import draw_corpus
 

@@ -28,7 +28,13 @@ from protformer.cli.options import (
     metavar="TSV",
     help="Lines a<TAB>b[<TAB>label] of ids: concatenate these two, and map both.",
 )
-@click.option("--ids", "ids", multiple=True, metavar="ID", help="Only this protein; may be given several times.")
+@click.option(
+    "--ids",
+    "ids",
+    multiple=True,
+    metavar="ID",
+    help="Only this protein, by its id or accession; may be given several times.",
+)
 @click.option(
     "--method",
     type=click.Choice(["attention", "jacobian"]),
@@ -82,6 +88,8 @@ def command(
     from protformer.inference.contacts import chains_of_pairs, only_named, predict_contacts
     from protformer.inference.session import open_session
 
+    if fasta != "-" and pairs is None and not ids:  # told before there is a folder
+        next(read_proteins(fasta, on_duplicate="allow", report=FastaReport()))
     session = open_session(model_path, device=device, precision=precision)
     if pairs is not None and session.description.packing == "isolate" and not quiet:
         click.echo("note: this model was trained with packing: isolate and never saw two proteins together", err=True)

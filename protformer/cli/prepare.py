@@ -54,6 +54,7 @@ def command(fasta: tuple[str, ...], out: Path, workers: int | None, split: dict[
                 fasta, store, workers=workers or num_cores(), progress=progress, tell=console.tell
             )
         console.tell(manifest.changes_summary())
+        console.tell(manifest.nucleotide_note())
         return manifest
 
     if request is None:

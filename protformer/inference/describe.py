@@ -5,6 +5,7 @@ In: a path. Out: a flat mapping of names to values; the first is `kind`. Nothing
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -66,8 +67,8 @@ def _describe_split(path: Path) -> Facts:
     facts: Facts = {"kind": "split"}
     for name, value in manifest.items():
         if isinstance(value, dict):
-            facts |= {f"{name}_{key.replace(' ', '_')}": item for key, item in value.items()}
-        elif value is not None and name != "format_version":
+            facts |= {f"{name}_{re.sub("'s|[^a-z' ]", '', key).replace(' ', '_')}": item for key, item in value.items()}
+        elif value not in (None, []) and name != "format_version":
             facts[name] = value
     return facts
 
@@ -98,13 +99,21 @@ def _describe_run(path: Path) -> Facts:
             latest: dict[str, str] = {}
             for row in csv.DictReader(file):
                 latest |= {name: value for name, value in row.items() if value}
-        facts |= {f"latest_{name}": value for name, value in latest.items()}
+        facts |= {f"latest_{name}": _short_number(value) for name, value in latest.items()}
         if latest:
             places = int(latest["step"]) * load_run_config(str(path / "config.yaml")).training.tokens_per_step
             facts["fill_rate"] = round(int(latest["tokens"]) / places, 4)
     if (path / "model" / CONFIG_FILE).is_file():
         facts |= {f"model_{name}": value for name, value in _describe_model(path / "model").items() if name != "kind"}
     return facts
+
+
+def _short_number(text: str) -> object:
+    """A cell of a table as a number of at most six digits, if it is one with more."""
+    try:
+        return int(text) if text.isdigit() else float(f"{float(text):.6g}")
+    except ValueError:
+        return text
 
 
 def _describe_h5(path: Path) -> Facts:

@@ -170,6 +170,7 @@ def _build(fasta: Sequence[str], store: Path, console: Console) -> None:
     with console.byte_progress(fasta) as progress:
         manifest = build_token_store(fasta, store, workers=num_cores(), progress=progress, tell=console.tell)
     console.tell(manifest.changes_summary())
+    console.tell(manifest.nucleotide_note())
 
 
 def _split(fasta: Sequence[str], train: Path, validation: Path, divide: Split, console: Console) -> None:
@@ -186,8 +187,10 @@ def _split(fasta: Sequence[str], train: Path, validation: Path, divide: Split, c
             progress=progress,
             tell=console.tell,
         )
-    console.tell(TokenStore.open(train).manifest.changes_summary())
-    num_proteins = held_out + len(TokenStore.open(train))
+    store = TokenStore.open(train)
+    console.tell(store.manifest.changes_summary())
+    console.tell(store.manifest.nucleotide_note())
+    num_proteins = held_out + len(store)
     how = "by a hash of the sequence; homologs may be in training"
     if isinstance(divide, ClusterSplit):
         how = "whole clusters of the table; proteins that it does not list are in training"
