@@ -98,7 +98,8 @@ class DataConfig:
     num_workers: int | None = None
     """Processes that prepare batches ahead; if not given, one on a GPU and none elsewhere. Batches are the same."""
     validation_fraction: float = 0.02
-    """Share of proteins, by hash of the sequence, held out when no --val-fasta is given."""
+    """Share held out when no --val-fasta is given: of the clusters with --clusters, else of the proteins by a hash of
+    the sequence."""
     max_validation_residues: int = 1_000_000
     """Validation during training reads at most this many tokens; `evaluate` reads all."""
 

@@ -89,7 +89,7 @@ def _decode_dataclass(kind: type, value: object, path: str) -> object:
         dotted = f"{path}.{name}" if path else str(name)
         if name not in declared:
             raise ConfigError(
-                f"{dotted}: no such field (value {item!r})"
+                f"{dotted}: no such field ({_as_typed(dotted, item)})"
                 + (suggest(str(name), declared) or f"; fields: {', '.join(declared)}")
             )
         arguments[name] = _decode_value(hints[name], item, dotted)
@@ -98,6 +98,14 @@ def _decode_dataclass(kind: type, value: object, path: str) -> object:
     except TypeError as error:
         missing = [n for n, f in declared.items() if n not in arguments and _has_no_default(f)]
         raise ConfigError(f"{path or 'the configuration'}: missing {', '.join(missing)}") from error
+
+
+def _as_typed(path: str, value: object) -> str:
+    """A value, or of a group of fields the first one, as the user will know it again."""
+    if isinstance(value, Mapping) and value:
+        name, item = next(iter(value.items()))
+        return _as_typed(f"{path}.{name}", item) if isinstance(item, Mapping) else f"{path}.{name}={item}"
+    return f"value {value!r}"
 
 
 def _decode_scalar(kind: Any, value: object, path: str, *, or_else: tuple[str, ...] = ()) -> object:

@@ -89,6 +89,15 @@ def test_a_duplicate_id_is_an_error_until_told_what_to_do(capsys, model, tmp_pat
         assert f"{count} proteins embedded" in capsys.readouterr().out
 
 
+def test_an_input_error_before_the_first_protein_leaves_no_file(capsys, model, tmp_path):
+    fasta, out = tmp_path / "twice.fa", tmp_path / "e.h5"
+    fasta.write_text(">a\nMKV\n>a\nMKL\n")
+    command = ["embed", "--model", model, "--fasta", fasta, "--out", out, "--quiet"]
+    assert "kept" not in error_line(capsys, command)
+    assert [path.name for path in tmp_path.iterdir()] == ["twice.fa"]
+    assert run([str(word) for word in (*command, "--on-duplicate", "suffix")]) == 0
+
+
 def test_changed_letters_are_counted_once_on_stderr(capsys, model, tmp_path):
     fasta = tmp_path / "odd.fa"
     fasta.write_text(">a\nmkJv*\n>b\nM-K.L\n")
@@ -161,6 +170,13 @@ def test_contacts_can_be_limited_to_some_proteins(capsys, model, fasta, tmp_path
     assert "'p9'" in error_line(capsys, [*command, "--out", tmp_path / "d", "--ids", "p9"])
 
 
+def test_a_protein_that_is_not_there_leaves_no_folder(capsys, model, fasta, tmp_path):
+    out = tmp_path / "maps"
+    command = ["predict-contacts", "--model", model, "--fasta", fasta, "--out", out, "--quiet", "--ids", "p1"]
+    assert "--ids 'P12345': no such record" in error_line(capsys, [*command, "--ids", "P12345"])
+    assert not out.exists()
+
+
 def test_debug_mode_shows_the_traceback(model, tmp_path):
     command = [sys.executable, "-m", "protformer", "describe", str(tmp_path / "none")]
     plain = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -170,6 +186,18 @@ def test_debug_mode_shows_the_traceback(model, tmp_path):
     )
     assert "Traceback" in debug.stderr
     assert debug.returncode == 1
+
+
+def test_sigterm_is_an_interruption_told_in_one_line():
+    """The command waits for its input when the signal comes."""
+    command = [sys.executable, "-m", "protformer", "data", "stats", "--fasta", "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdin.write(b">a\n" + b"MKV\n" * 200_000)  # all but a pipe's buffer of it was read when this returns
+        process.stdin.flush()
+        process.terminate()
+        process.wait(timeout=60)
+        assert process.stderr.read().strip() == b"error: interrupted"
+    assert process.returncode == 130
 
 
 def test_a_reader_that_leaves_early_is_no_error(model):

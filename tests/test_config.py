@@ -55,7 +55,7 @@ def test_an_attention_kind_can_be_given_as_a_whole():
     ("override", "message"),
     [
         ("model.num_layer=3", "model.num_layer: no such field (value 3); did you mean num_layers?"),
-        ("modell.num_layers=3", "modell: no such field (value {'num_layers': 3}); did you mean model?"),
+        ("modell.num_layers=3", "modell: no such field (modell.num_layers=3); did you mean model?"),
         (
             "model.attention.kind=favr",
             "model.attention.kind: 'favr' is not one of favor, generalized, exact; did you mean favor?",

@@ -68,6 +68,44 @@ def test_a_store_beside_a_file_is_refused(tmp_path, capsys):
     assert "one token store, or FASTA files, not both" in capsys.readouterr().err
 
 
+def test_a_store_is_exported_as_fasta_and_taken_wherever_fasta_is(tmp_path, capsys):
+    fasta = write_fasta(tmp_path / "a.fa", ["MKV" * 50, "AAA", "MKVJ", "AAA"])
+    store, out, unique = tmp_path / "store", tmp_path / "out.fa.gz", tmp_path / "unique.fa"
+    assert run(["prepare", "--fasta", str(fasta), "--out", str(store), "-q"]) == 0
+    assert run(["data", "export", "--fasta", str(store), "--out", str(out)]) == 0
+    assert f"{out}: 4 proteins, 160 residues" in capsys.readouterr().out
+    expected = [(record.id, record.sequence) for record in read_fasta(fasta)]
+    assert [(record.header, record.sequence) for record in read_fasta(out)] == expected
+    assert run(["data", "dedup", "--fasta", str(store), "--out", str(unique)]) == 0
+    assert [(record.header, record.sequence) for record in read_fasta(unique)] == expected[:3]
+
+
+@pytest.mark.parametrize("command", ["data stats", "prepare --out {}/store", "train --out {}/run"])
+def test_a_file_that_is_given_twice_is_refused(tmp_path, capsys, command):
+    fasta = write_fasta(tmp_path / "a.fa", ["MKV"])
+    (tmp_path / "same.fa").symlink_to(fasta)
+    words = [*command.format(tmp_path).split(), "--fasta", str(fasta), "--fasta", str(tmp_path / "same.fa")]
+    assert run(words) == 1
+    assert capsys.readouterr().err == f"error: --fasta {tmp_path / 'same.fa'}: is given twice; leave one out\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.fa", "same.fa"]
+
+
+@pytest.mark.parametrize("command", ["data stats", "prepare --out {}/store"])
+def test_dna_in_place_of_proteins_is_warned_of_once(tmp_path, capsys, command):
+    for name, sequence in (("dna", "ACGTNACGTT" * 20), ("protein", "MKVLLAACDEFGHIKLNPQRSTVWY" * 20)):
+        fasta = write_fasta(tmp_path / f"{name}.fa", [sequence])
+        assert run([*command.format(tmp_path / name).split(), "--fasta", str(fasta)]) == 0
+        told = capsys.readouterr().err
+        assert told.count("100% of the letters are A, C, G, T, U or N: this looks like DNA") == (name == "dna")
+
+
+@pytest.mark.parametrize("options", [[], ["--split", "hash"]])
+def test_a_place_where_nothing_can_be_made_is_told_as_it_was_typed(tmp_path, capsys, options):
+    fasta = write_fasta(tmp_path / "a.fa", ["MKV"])
+    assert run(["prepare", "--fasta", str(fasta), "--out", "/proc/foo", "-q", *options]) == 1
+    assert capsys.readouterr().err == "error: /proc/foo: cannot be written: No such file or directory\n"
+
+
 @pytest.mark.parametrize("name", ["out.fa", "out.fa.gz"])
 def test_dedup_keeps_the_first_of_each_sequence_with_its_header(tmp_path, capsys, name):
     first = write_fasta(tmp_path / "a.fa", ["MKV" * 50, "AAA", "MKV" * 50, "aaa"])

@@ -10,7 +10,7 @@ import torch
 from full_disk import disk_full_at
 
 from protformer.errors import OutputError
-from protformer.inference import journaled_file
+from protformer.inference import hdf5_embeddings, journaled_file
 from protformer.inference.contact_scores import ContactMap
 from protformer.inference.contact_writers import write_contacts
 from protformer.inference.embedding_writers import EmbeddingRecord, open_embedding_writer
@@ -27,6 +27,8 @@ RECORDS = [
     for number in range(40)
 ]
 MAX_BYTES = 30_000
+MAX_BYTES_WITH_INDEX = 75_000
+"""Of an h5 file whose table of proteins has been written."""
 
 
 def write(path, records, **options):
@@ -77,6 +79,28 @@ def test_an_h5_file_is_resumed_once_there_is_room_again(tmp_path):
     assert not path.exists()
     assert 2 < len(write_h5(path, RECORDS, resume=True)) < len(RECORDS)
     assert_whole(path, RECORDS)
+
+
+def test_a_full_disk_costs_an_h5_file_no_more_than_the_last_megabytes(tmp_path, monkeypatch):
+    """However fast they came; and what is of no use any more is given back to the disk."""
+    monkeypatch.setattr(hdf5_embeddings, "COMMIT_BYTES", 4000)
+    path = tmp_path / "x.h5"
+    message = r"cannot write 'p.*; \d+ proteins are kept in .*x.h5"
+    with disk_full_at(MAX_BYTES_WITH_INDEX), pytest.raises(OutputError, match=message):
+        write(path, RECORDS)
+    assert (tmp_path / "x.h5.partial").stat().st_size < MAX_BYTES_WITH_INDEX - 1000
+    with open_embedding_writer(
+        path, per="residue", dtype="float32", description={}, save=torch.save, resume=True
+    ) as writer:
+        assert len(writer.done_ids()) > 5
+    write(path, RECORDS, resume=True)
+    assert_whole(path, RECORDS)
+
+
+def test_a_full_disk_at_the_start_leaves_nothing(tmp_path):
+    with disk_full_at(6000), pytest.raises(OutputError, match="cannot "):
+        write(tmp_path / "x.h5", RECORDS)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("suffix", ["npz", "rr", "csv", "png"])

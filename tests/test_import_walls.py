@@ -60,6 +60,24 @@ def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
     assert loaded_by(f"sys.argv = {arguments}\nfrom protformer.cli import main\nmain()", SLOW_TO_LOAD) == set()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --fasta a.fa --out {} --config tiney",
+        "train --fasta a.fa --out {} --set model.atention.kind=exact",
+        "train --fasta a.fa --out {}/old",
+        "embed --model {} --fasta a.fa --out e.csv",
+        "embed --model {} --fasta a.fa --out e.h5",
+        "describe {}/none",
+    ],
+)
+def test_a_mistake_is_told_before_anything_heavy_is_loaded(command: str, tmp_path: Path) -> None:
+    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "old" / "checkpoints" / "last.ckpt").touch()
+    code = f"from protformer.cli import run\nassert run({command.format(tmp_path).split()}) == 1"
+    assert loaded_by(code, SLOW_TO_LOAD) == set()
+
+
 def test_corpus_and_configuration_never_load_torch() -> None:
     lower = import_of("corpus", "config", "alphabet", "errors")
     assert loaded_by(lower, {"torch", "lightning", "matplotlib"}) == set()

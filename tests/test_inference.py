@@ -13,6 +13,7 @@ from protformer.corpus.fasta import read_fasta
 from protformer.errors import ConfigError, InputError
 from protformer.inference.contacts import predict_contacts
 from protformer.inference.embed import LengthLimit, LengthReport, embed, resolve_layer
+from protformer.inference.hdf5_embeddings import escape_id
 from protformer.inference.session import open_session
 
 LENGTHS = [30, 7, 64, 1, 90, 30]
@@ -199,6 +200,30 @@ def test_embed_writes_one_dataset_an_id_and_resumes_where_it_stopped(model, fast
     assert "exists already" in capsys.readouterr().err
     assert run([*command, "--resume"]) == 0
     assert "0 proteins embedded (6 were there already)" in capsys.readouterr().out
+
+
+def test_a_token_store_gives_what_its_fasta_gives(model, fasta, tmp_path, capsys):
+    store = tmp_path / "store"
+    assert run(["prepare", "--fasta", str(fasta), "--out", str(store), "-q"]) == 0
+    vectors = {}
+    for name, source in (("store", store), ("fasta", fasta)):
+        out = tmp_path / f"{name}.h5"
+        assert run(["embed", "--model", str(model), "--fasta", str(source), "--out", str(out), "-q"]) == 0
+        with h5py.File(out) as file:
+            ids = file["%index"]["id"].asstr()[:].tolist()
+            vectors[name] = (ids, [file[escape_id(each)][()].tolist() for each in ids])
+    assert vectors["store"] == vectors["fasta"]
+    command = ["predict-contacts", "--model", str(model), "--fasta", str(store), "--out", str(tmp_path / "maps"), "-q"]
+    assert run([*command, "--ids", "p/1"]) == 0
+    assert [path.name for path in (tmp_path / "maps").iterdir()] == ["p%2F1.npz"]
+    twice = tmp_path / "twice.fa"
+    twice.write_text(">a\nMKV\n>a\nMKL\n")
+    assert run(["prepare", "--fasta", str(twice), "--out", str(tmp_path / "twice"), "-q"]) == 0
+    capsys.readouterr()
+    command = ["embed", "--model", str(model), "--fasta", str(tmp_path / "twice"), "-q"]
+    assert run([*command, "--out", str(tmp_path / "twice.h5")]) == 1
+    assert "duplicate id" in capsys.readouterr().err
+    assert run([*command, "--out", str(tmp_path / "twice.h5"), "--on-duplicate", "suffix"]) == 0
 
 
 def test_predict_contacts_of_pairs_writes_the_block_between_the_chains(model, fasta, tmp_path, capsys):

@@ -53,6 +53,13 @@ def test_the_index_gives_what_reading_the_file_gives(tmp_path_factory, sequences
         assert report == expected_report
 
 
+@pytest.mark.parametrize("is_indexed", [True, False])
+def test_a_protein_is_found_by_its_accession_too(tmp_path, is_indexed):
+    content = b">sp|P12345|A_B x\nMKV\n>tr|Q1|C\nML\n>P2\nMA\n"
+    path = (write_indexed if is_indexed else _write)(tmp_path / "a.fa", content)
+    assert [record.id for record in named(path, {"P12345", "tr|Q1|C", "A_B"})] == ["sp|P12345|A_B", "tr|Q1|C"]
+
+
 def test_only_the_named_records_are_read(tmp_path):
     path = write_indexed(tmp_path / "a.fa", b">bad\nM1K\n>good x\nMKVLLA\nMK\n>worse too\n!!\n")
     assert contents(named(path, {"good", "not there"})) == contents(

@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protformer.cli import run
+from protformer.corpus import split_stores
 from protformer.corpus.families import read_families
 from protformer.corpus.identifiers import hash_names
 from protformer.corpus.split_sides import PRECEDENCE, Side, drop_copies, drop_relatives, sides_by_share
@@ -150,6 +152,37 @@ def test_a_missing_or_failing_mmseqs_is_told_in_one_line_and_leaves_nothing(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "proteins.fa"]
 
 
+def test_a_table_tells_where_each_protein_went_and_why(tmp_path, fake_mmseqs):
+    proteins = random_proteins(200)
+    proteins["copy"] = proteins["p0_0"]
+    assert prepare(tmp_path, proteins, "--split", "mmseqs", *FRACTIONS) == 0
+    header, *rows = [line.split("\t") for line in (tmp_path / "split" / "sides.tsv").read_text().splitlines()]
+    assert header == ["id", "side", "reason"]
+    assert [row[0] for row in rows] == list(proteins)
+    found = sides(tmp_path / "split")
+    assert {name: side for name, side, _ in rows if side != "dropped"} == found
+    counts = Counter(reason for _, side, reason in rows if side == "dropped")
+    dropped = json.loads((tmp_path / "split" / "split.json").read_text())["dropped"]
+    assert counts == {reason: count for reason, count in dropped.items() if count}
+    assert counts["similar to another side's"] > 0
+
+
+def test_a_split_that_is_interrupted_does_not_read_the_proteins_again(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    proteins = random_proteins(50)
+    with monkeypatch.context() as patched:
+        patched.setattr(split_stores, "_divide", interrupted)
+        assert prepare(tmp_path, proteins, "--split", "hash", "-q") == 130
+    message = f"error: interrupted; the same command goes on with the proteins read so far, else delete {tmp_path}"
+    assert capsys.readouterr().err == f"{message}/.split.splitting\n"
+    assert prepare(tmp_path, proteins, "--split", "hash") == 0
+    assert "the proteins were read already" in capsys.readouterr().err
+    assert sides(tmp_path / "split").keys() == proteins.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["proteins.fa", "split"]
+
+
 def test_held_out_families_are_whole_in_ood_and_nowhere_else(tmp_path):
     proteins = random_proteins(300)
     proteins["copy"] = proteins["p0_0"]
@@ -208,7 +241,11 @@ def test_a_number_of_families_is_chosen_by_a_key(tmp_path):
     ("options", "message"),
     [
         (["--hold-out-families", "PF1"], "'PF1': no protein has this family in"),
-        (["--hold-out-families", "20"], "gives 1 families of at least 10 proteins here; choose fewer"),
+        (
+            ["--hold-out-families", "20"],
+            "20: a number chooses among families of at least 10 proteins, of which there are 1 here (",
+        ),
+        (["--hold-out-families", "0"], "knows 13 of the 20 proteins, number of families 2); give 1 to 1, or names"),
         (["--hold-out-families", "PF2", "--family-column", "5"], "line 1: expected a family in column 5, found 2"),
         (
             ["--hold-out-families", "PF2", "--family-column", "pfam"],
@@ -219,12 +256,25 @@ def test_a_number_of_families_is_chosen_by_a_key(tmp_path):
 )
 def test_a_mistake_about_families_is_told_in_one_line(tmp_path, capsys, options, message):
     table = tmp_path / "families.tsv"
-    table.write_text("".join(f"p0_{i}\tPF2\n" for i in range(12)))
+    table.write_text("".join(f"p0_{i}\tPF2\n" for i in range(12)) + "p0_12\tPF3\n")
     assert prepare(tmp_path, random_proteins(20), "--split", "hash", "--families", table, "-q", *options) == 1
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
     assert not (tmp_path / "split").exists()
+
+
+def test_the_only_large_family_can_be_held_out_by_number_and_small_ones_only_by_name(tmp_path, capsys):
+    table = tmp_path / "families.tsv"
+    options = ("--split", "hash", "--families", table, "--hold-out-families")
+    table.write_text("".join(f"p0_{i}\tPF2\n" for i in range(12)))
+    assert prepare(tmp_path, random_proteins(40), *options, 1) == 0
+    assert json.loads((tmp_path / "split" / "split.json").read_text())["families"]["held_out"] == ["PF2"]
+    table.write_text("p0_1\tPF2\n")
+    capsys.readouterr()
+    assert prepare(tmp_path, random_proteins(40), *options, 1, "-q", out="none") == 1
+    assert "there are 0 here" in (told := capsys.readouterr().err)
+    assert "knows 1 of the 40 proteins, number of families 1); give names instead" in told
 
 
 @pytest.mark.parametrize(

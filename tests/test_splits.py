@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from protformer.corpus.splits import build_split_stores
+from protformer.corpus.splits import HashSplit, build_split_stores
 from protformer.corpus.token_store import TokenStore
 
 
@@ -20,7 +20,7 @@ def random_sequences(count):
 def split(tmp_path, name, sequences, fraction=0.2):
     fasta = write_fasta(tmp_path / f"{name}.fa", sequences)
     train, validation = tmp_path / f"{name}_train", tmp_path / f"{name}_validation"
-    held_out = build_split_stores([fasta], train=train, validation=validation, fraction=fraction)
+    held_out = build_split_stores([fasta], train=train, validation=validation, divide=HashSplit(fraction=fraction))
     return proteins(train), proteins(validation) if validation.exists() else [], held_out
 
 

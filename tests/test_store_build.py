@@ -260,8 +260,30 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(corpus, whole, tmp_path, monk
     with pytest.raises(InterruptedRunError, match="the same command goes on from here, else delete"):
         build(corpus, out, progress=raise_after(60_000, KeyboardInterrupt))
     built = count_built_parts(monkeypatch)
+    told: list[str] = []
+    assert build(corpus, out, tell=told.append) == whole
+    num_parts = len(plan_ranges(corpus, RANGE_BYTES))
+    assert len(built) < num_parts
+    assert told == [
+        f"going on with an interrupted build: {num_parts - len(built)} of {num_parts} parts are there already"
+    ]
+
+
+def test_ctrl_c_keeps_a_part_that_waits_for_an_earlier_one(corpus, whole, tmp_path, monkeypatch):
+    out = tmp_path / "store"
+
+    def interrupted(tasks, **_):
+        build_part(tasks[1], lambda amount: None)
+        raise KeyboardInterrupt
+        yield
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store_build, "run_parts", interrupted)
+        with pytest.raises(InterruptedRunError, match="the same command goes on from here"):
+            build(corpus, out)
+    built = count_built_parts(monkeypatch)
     assert build(corpus, out) == whole
-    assert len(built) < len(plan_ranges(corpus, RANGE_BYTES))
+    assert len(built) == len(plan_ranges(corpus, RANGE_BYTES)) - 1
 
 
 def test_ctrl_c_before_anything_is_finished_leaves_nothing(corpus, tmp_path):

@@ -8,6 +8,7 @@ from small_runs import arguments, assert_same_run, fails_with, metrics, weights
 from small_stores import write_fasta
 
 from protformer.cli import run
+from protformer.corpus.token_store import TokenStore
 from protformer.inference.describe import describe
 
 # A machine for tests may have fewer cores than workers.
@@ -53,6 +54,21 @@ CASES = {
     ),
     "spans and workers": ([], {"data__masking__span_mean_length": 3, "data__num_workers": 2}, "held out"),
 }
+
+
+def test_whole_clusters_are_held_out_where_a_table_is_given(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    changes = {"data__validation_fraction": 0.3}
+    assert run(train(folder, out, "--clusters", folder / "clusters.tsv", "--max-steps", 1, **changes)) == 0
+    stores = {name: TokenStore.open(out / name) for name in ("store", "validation")}
+    ids = {name: [int(store.id(i)[1:]) for i in range(len(store))] for name, store in stores.items()}
+    assert sorted(ids["store"] + ids["validation"]) == list(range(80))
+    assert not {i // 5 for i in ids["store"]} & {i // 5 for i in ids["validation"]}
+    assert 0 < len(ids["validation"]) <= 60
+    assert set(range(60, 80)) <= set(ids["store"])
+    lines = told(capsys)
+    assert f"held out for validation: {len(ids['validation'])} of the 80 proteins in {folder / 'a.fa'}, whole" in lines
+    assert "not in the training store, being held out or not in the FASTA" in lines
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,6 +6,7 @@ usage, 130 for an interruption. PROTFORMER_DEBUG=1 shows the traceback.
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -51,7 +52,8 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and leave with its exit code."""
+    """Run one command and leave with its exit code; SIGTERM, as schedulers send it, is a Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run(arguments))
 
 

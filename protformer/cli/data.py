@@ -31,11 +31,14 @@ def stats(fasta: tuple[str, ...], plot: Path | None, as_json: bool, quiet: bool)
     """
     from protformer.cli.progress import byte_progress
     from protformer.corpus.statistics import count_proteins
+    from protformer.corpus.store_manifest import nucleotide_note
 
     with byte_progress(fasta, quiet=quiet) as progress:
         statistics = count_proteins(fasta, consumed=progress)
     if not quiet and statistics.changes:
         click.echo(statistics.changes, err=True)
+    if not quiet and (note := nucleotide_note(statistics.residue_counts)):
+        click.echo(note, err=True)
     if plot is not None:
         from protformer.evaluation.corpus_figure import draw_corpus
 
@@ -98,10 +101,33 @@ def dedup(fasta: tuple[str, ...], out: Path, quiet: bool) -> None:
         report = write_unique(fasta, out, consumed=progress)
     if not quiet and report.changes:
         click.echo(report.changes, err=True)
-    kept = report.records - report.repeated
     click.echo(
-        f"{out}: {kept:,} proteins, {report.residues:,} residues; {report.repeated:,} repeated sequences dropped"
+        f"{out}: {report.kept:,} proteins, {report.residues:,} residues; {report.repeated:,} repeated sequences dropped"
     )
+
+
+@command.command("export")
+@fasta_option(multiple=True)
+@click.option("--out", required=True, type=FilePath, metavar="FILE", help="FASTA, gzip-compressed if it ends in .gz.")
+@quiet_option
+def export(fasta: tuple[str, ...], out: Path, quiet: bool) -> None:
+    """Write the proteins of a token store as FASTA.
+
+    A store keeps ids without the words behind them, and sequences as they were read: in upper case, without gaps, J
+    as X.
+
+    \b
+    Example:
+      protformer data export --fasta splits/test --out test.fa.gz
+    """
+    from protformer.cli.progress import byte_progress
+    from protformer.corpus.fasta_writing import export_fasta
+
+    with byte_progress(fasta, quiet=quiet) as progress:
+        report = export_fasta(fasta, out, consumed=progress)
+    if not quiet and (changes := report.summary()):
+        click.echo(changes, err=True)
+    click.echo(f"{out}: {report.records:,} proteins, {report.residues:,} residues")
 
 
 def _as_table(statistics: "CorpusStatistics") -> str:

@@ -28,5 +28,5 @@ def _as_text(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {item}" for name, item in value.items())
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return (", " if all(" " not in str(item) for item in value) else "\n" + " " * 27).join(map(str, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -66,20 +66,26 @@ def command(
     Example:
       protformer embed --model runs/trembl --fasta proteins.fa --out embeddings.h5 --per both
     """
-    from protformer.checkpoint import save_tensors
-    from protformer.cli.progress import byte_progress
-    from protformer.corpus.fasta import FastaReport, read_fasta
-    from protformer.inference.embed import LengthLimit, LengthReport, describe_embedding, embed, resolve_layer
-    from protformer.inference.embedding_writers import open_embedding_writer
-    from protformer.inference.session import open_session
-
     if max_length is None and on_long != "error":
         raise click.UsageError("--on-long needs --max-length: without it proteins are embedded whole")
+    from protformer.corpus.fasta import FastaReport
+    from protformer.corpus.stored_records import read_proteins
+    from protformer.inference.embedding_writers import check_output, open_embedding_writer
+    from protformer.model_description import find_model_folder
+
+    # Mistakes are told before torch is loaded and before anything is written.
+    check_output(out, resume=resume)
+    find_model_folder(model_path)
+    if fasta != "-":
+        next(read_proteins(fasta, on_duplicate="allow", report=FastaReport()))
+    from protformer.checkpoint import save_tensors
+    from protformer.cli.progress import byte_progress
+    from protformer.inference.embed import LengthLimit, LengthReport, describe_embedding, embed, resolve_layer
+    from protformer.inference.session import open_session
+
     session = open_session(model_path, device=device, precision=precision)
     num_blocks = resolve_layer(layer, session.model.config.num_layers)
     limit = LengthLimit(max_length=max_length, on_long=on_long)
-    if fasta != "-":
-        next(read_fasta(fasta))  # a file that cannot be read is told before anything is written
     writer = open_embedding_writer(
         out,
         per=per,
@@ -91,7 +97,7 @@ def command(
     fasta_report, length_report = FastaReport(), LengthReport()
     with byte_progress([fasta], quiet=quiet) as progress, writer:
         done = writer.done_ids()
-        records = read_fasta(fasta, on_duplicate=on_duplicate, report=fasta_report, consumed=progress)
+        records = read_proteins(fasta, on_duplicate=on_duplicate, report=fasta_report, consumed=progress)
         new = (record for record in records if record.id not in done)
         written = 0
         for embedding in embed(

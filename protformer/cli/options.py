@@ -11,11 +11,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 FilePath = click.Path(path_type=Path)
 
 
-def fasta_option(**extra: Any) -> Callable[[Function], Function]:
+def fasta_option(*, takes_stores: bool = True, **extra: Any) -> Callable[[Function], Function]:
     """`--fasta`: paths, or `-` for stdin; existence is checked by the reader, which says more."""
-    return click.option(
-        "--fasta", required=True, metavar="FILE", help="FASTA: plain, .gz, .bgz, .zst, or - for stdin.", **extra
-    )
+    kinds = "FASTA: plain, .gz, .bgz, .zst, or - for stdin"
+    text = f"{kinds}; or a token store." if takes_stores else f"{kinds}."
+    return click.option("--fasta", required=True, metavar="FILE", help=text, **extra)
 
 
 model_option = click.option(

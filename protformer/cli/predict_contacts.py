@@ -28,7 +28,13 @@ from protformer.cli.options import (
     metavar="TSV",
     help="Lines a<TAB>b[<TAB>label] of ids: concatenate these two, and map both.",
 )
-@click.option("--ids", "ids", multiple=True, metavar="ID", help="Only this protein; may be given several times.")
+@click.option(
+    "--ids",
+    "ids",
+    multiple=True,
+    metavar="ID",
+    help="Only this protein, by its id or accession; may be given several times.",
+)
 @click.option(
     "--method",
     type=click.Choice(["attention", "jacobian"]),
@@ -75,12 +81,15 @@ def command(
       protformer predict-contacts --model runs/trembl --fasta proteins.fa --out contacts --plot
     """
     from protformer.cli.progress import StderrConsole, count_progress
-    from protformer.corpus.fasta import FastaReport, SequenceRecord, read_fasta
+    from protformer.corpus.fasta import FastaReport, SequenceRecord
     from protformer.corpus.named_records import read_named
+    from protformer.corpus.stored_records import read_proteins
     from protformer.inference.contact_writers import contact_paths, write_contacts
     from protformer.inference.contacts import chains_of_pairs, only_named, predict_contacts
     from protformer.inference.session import open_session
 
+    if fasta != "-" and pairs is None and not ids:  # told before there is a folder
+        next(read_proteins(fasta, on_duplicate="allow", report=FastaReport()))
     session = open_session(model_path, device=device, precision=precision)
     if pairs is not None and session.description.packing == "isolate" and not quiet:
         click.echo("note: this model was trained with packing: isolate and never saw two proteins together", err=True)
@@ -93,7 +102,7 @@ def command(
     if pairs is not None and ids:
         raise click.UsageError("--pairs and --ids exclude each other: pairs name their proteins")
     if pairs is None:
-        records = only_named(ids, find(ids)) if ids else read_fasta(fasta, on_duplicate=on_duplicate, report=report)
+        records = only_named(ids, find(ids)) if ids else read_proteins(fasta, on_duplicate=on_duplicate, report=report)
     tasks = ((record,) for record in records) if pairs is None else chains_of_pairs(pairs, find)
     out.mkdir(parents=True, exist_ok=True)
     chosen = tuple(dict.fromkeys(formats))

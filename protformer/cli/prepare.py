@@ -10,7 +10,7 @@ from protformer.cli.split_options import split_options, split_request
 
 
 @click.command("prepare")
-@fasta_option(multiple=True)
+@fasta_option(takes_stores=False, multiple=True)
 @click.option("--out", required=True, type=FilePath, metavar="STORE", help="Folder to make.")
 @workers_option
 @split_options
@@ -19,12 +19,14 @@ def command(fasta: tuple[str, ...], out: Path, workers: int | None, split: dict[
     """Turn FASTA into a token store.
 
     `train` does this by itself; prepare once to train several times on a large file: `train --fasta STORE`. Duplicate
-    ids are allowed, ids are kept. The store is the same whatever the number of workers; after a kill, the same command
-    goes on from where it was.
+    ids are allowed, ids are kept. The store is the same whatever the number of workers. After Ctrl-C, SIGTERM or a
+    kill, the same command goes on from the parts that were finished: plain FASTA is read in parts of 64 MiB, a
+    compressed file whole.
 
     With --split, STORE holds one token store each for train, validation, test and ood (families held out whole), and
-    split.json, which says how they were made: `train --fasta STORE/train --val-fasta STORE/validation`. Whole clusters
-    go to one side by a keyed hash, so that they stay there when proteins are added.
+    split.json and sides.tsv, which say how they were made and where each protein went: `train --fasta STORE/train
+    --val-fasta STORE/validation`. Whole clusters go to one side by a keyed hash, so that they stay there when proteins
+    are added.
 
     \b
     Example:
@@ -32,19 +34,27 @@ def command(fasta: tuple[str, ...], out: Path, workers: int | None, split: dict[
     """
     from protformer.cli.progress import StderrConsole
     from protformer.corpus.build_workers import num_cores
+    from protformer.corpus.duplicates import refuse_repeated_sources
     from protformer.corpus.store_manifest import StoreManifest
-    from protformer.corpus.token_store import build_token_store
+    from protformer.corpus.token_store import TokenStore, build_token_store
     from protformer.errors import OutputError
 
     request = split_request(split)
+    refuse_repeated_sources(fasta)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: exists already; choose another --out, or delete it")
     console = StderrConsole(quiet=quiet)
 
     def build(store: Path) -> StoreManifest:
+        if store.exists() and (left := TokenStore.open(store)).difference_from(fasta) is None:
+            console.tell("the proteins were read already, before an interruption")
+            return left.manifest
         with console.byte_progress(fasta) as progress:
-            manifest = build_token_store(fasta, store, workers=workers or num_cores(), progress=progress)
+            manifest = build_token_store(
+                fasta, store, workers=workers or num_cores(), progress=progress, tell=console.tell
+            )
         console.tell(manifest.changes_summary())
+        console.tell(manifest.nucleotide_note())
         return manifest
 
     if request is None:

@@ -60,7 +60,8 @@ _OPTIONS = [
     click.option(
         "--hold-out-families",
         metavar="NAMES|N",
-        help="Families that go whole to the store `ood`: names with commas between, or how many to choose.",
+        help="Families that go whole to the store `ood`: names with commas between, or how many to choose among those "
+        "with at least 10 proteins here.",
     ),
     click.option(
         "--validation-fraction", type=_FRACTION, metavar="SHARE", help="Of the clusters, or proteins.  [default: 0.02]"

@@ -19,7 +19,8 @@ from protformer.cli.stop_signals import stop_signals_interrupt
     "--val-fasta",
     multiple=True,
     metavar="[NAME=]FILE",
-    help="Held-out proteins, FASTA or a store, one set or several; else a share is held out by hash of the sequence.",
+    help="Held-out proteins, FASTA or a store, one set or several; else a share is held out, by hash of the "
+    "sequence, or whole clusters with --clusters.",
 )
 @click.option(
     "--clusters",
@@ -82,6 +83,14 @@ def command(
     """
     with stop_signals_interrupt():
         from protformer.cli.progress import StderrConsole
+        from protformer.config import load_run_config
+        from protformer.training.run_folder import RunFolder
+
+        # Mistakes are told before torch and Lightning are loaded.
+        if not resume:
+            RunFolder(out).refuse_trained()
+        if not resume and init_from is None:
+            load_run_config(config, overrides)
         from protformer.training.run import RunRequest, run_training
 
         summary = run_training(

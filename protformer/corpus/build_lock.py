@@ -22,7 +22,10 @@ def exclusive_folder(folder: Path, out: Path, *, wait: Callable[[], None] | None
 
     Another process that holds it is waited for, after a call of `wait`; without `wait` that is an error.
     """
-    descriptor = _lock(folder, out, wait)
+    try:
+        descriptor = _lock(folder, out, wait)
+    except OSError as error:
+        raise OutputError(f"{describe_source(out)}: cannot be written: {error.strerror or error}") from error
     try:
         yield
     finally:

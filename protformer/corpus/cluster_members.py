@@ -35,7 +35,8 @@ class ClusterReport:
         """One line for the user."""
         return (
             f"{self.num_clusters:,} clusters; {self.num_unlisted:,} proteins that the table does not list are clusters"
-            f" of their own; {self.num_absent:,} members of the table are not in the training store"
+            f" of their own; {self.num_absent:,} members of the table are not in the training store, being held"
+            " out or not in the FASTA"
         )
 
 

@@ -74,7 +74,7 @@ def _read_representatives(
     num_absent = 0
     for number, lines in read_lines(source):
         numbers = [number + i for i, line in enumerate(lines) if line]
-        pairs = [_columns(line, source, number + i) for i, line in enumerate(lines) if line]
+        pairs = [table_columns(line, source, number + i) for i, line in enumerate(lines) if line]
         firsts = hash_names(representative for representative, _ in pairs)
         place, found = _look_up([member for _, member in pairs], known)
         num_absent += int((~found).sum())
@@ -105,7 +105,8 @@ def _find(names: NDArray[np.uint64], known: NDArray[np.uint64]) -> tuple[NDArray
     return place, known[place] == names
 
 
-def _columns(line: bytes, source: Source, number: int) -> tuple[bytes, bytes]:
+def table_columns(line: bytes, source: Source, number: int) -> tuple[bytes, bytes]:
+    """Representative and member in one line of the table. Raises InputError."""
     columns = line.split(b"\t")
     if len(columns) != 2 or not columns[0] or not columns[1]:
         raise InputError(

@@ -3,11 +3,12 @@
 In: ids in order of reading. Out: the ids to use. Memory grows with the number of ids.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from protformer.corpus.compression import Source, is_stdin
+from protformer.corpus.compression import Source, describe_source, is_stdin
 from protformer.errors import InputError
 
 OnDuplicate = Literal["error", "suffix", "first", "allow"]
@@ -65,8 +66,16 @@ class UniqueIds:
 
 
 def reads_twice(sources: Sequence[Source]) -> bool:
-    """Whether all sources are regular files, which can be read once more."""
-    return all(not is_stdin(source) and Path(source).is_file() for source in sources)
+    """Whether all sources are regular files or token stores, which can be read once more."""
+    return all(not is_stdin(source) and (Path(source).is_file() or Path(source).is_dir()) for source in sources)
+
+
+def refuse_repeated_sources(sources: Sequence[Source]) -> None:
+    """Raise InputError where one file is given twice."""
+    places = [str(source) if is_stdin(source) else os.path.realpath(source) for source in sources]
+    for number, (source, place) in enumerate(zip(sources, places, strict=True)):
+        if place in places[:number]:
+            raise InputError(f"--fasta {describe_source(source)}: is given twice; leave one out")
 
 
 def quote(text: str) -> str:

@@ -38,6 +38,8 @@ class Families:
     protein: NDArray[np.int64]
     family: NDArray[np.int32]
     """(annotation,) Protein of the store and index into `names`, each pair once."""
+    num_proteins: int
+    """In the store."""
     num_annotated: int
     """Proteins of the store with at least one family."""
     num_unmatched: int
@@ -76,6 +78,7 @@ def read_families(source: Source, store: TokenStore, *, column: str = "2") -> Fa
         names=[name.decode("utf-8", "replace") for name in number_of],
         protein=protein,
         family=family.astype(np.int32),
+        num_proteins=len(store),
         num_annotated=len(np.unique(protein)),
         num_unmatched=num_unmatched,
     )
@@ -99,10 +102,12 @@ def choose_families(families: Families, wanted: str, *, seed: int, source: Sourc
 
 def _choose_by_hash(families: Families, count: int, seed: int, source: Source) -> list[str]:
     large = [families.names[i] for i in np.flatnonzero(families.sizes() >= LEAST_CHOSEN_PROTEINS)]
-    if not 0 < count < len(large):
+    if not 0 < count <= len(large):
         raise InputError(
-            f"--hold-out-families {count}: {describe_source(source)} gives {len(large):,} families of at least "
-            f"{LEAST_CHOSEN_PROTEINS} proteins here; choose fewer, at least one, or name them"
+            f"--hold-out-families {count}: a number chooses among families of at least {LEAST_CHOSEN_PROTEINS}"
+            f" proteins, of which there are {len(large):,} here ({describe_source(source)} knows"
+            f" {families.num_annotated:,} of the {families.num_proteins:,} proteins, number of families"
+            f" {len(families.names):,}); " + (f"give 1 to {len(large)}, or names" if large else "give names instead")
         )
     keys = hash_names(f"{seed}:{name}".encode() for name in large)
     return sorted(large[i] for i in np.argsort(keys)[:count])

@@ -10,7 +10,7 @@ records and messages are the same whatever the size of the blocks. Time is linea
 the longest record, plus the ids unless duplicates are allowed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 from protformer.corpus.byte_ranges import ByteRange, open_range
@@ -21,7 +21,10 @@ from protformer.corpus.record_text import RecordParser, make_batch
 from protformer.corpus.records import FastaReport, RecordBatch, SequenceRecord
 from protformer.errors import InputError
 
-__all__ = ["FastaReport", "RecordBatch", "SequenceRecord", "read_batches", "read_fasta", "read_range"]
+__all__ = ["FastaReport", "RecordBatch", "SequenceRecord", "parse", "read_batches", "read_fasta", "read_range"]
+
+Parse = Callable[[Source, FastaReport, Consumed | None, int], Iterator[RecordBatch]]
+"""Gives the records of one source as they come, ids as they are: see `parse`."""
 
 _BOM = b"\xef\xbb\xbf"
 _LONGEST_CHARACTER_BYTES = 4
@@ -44,9 +47,7 @@ def read_fasta(
         [source], on_duplicate=on_duplicate, report=report, consumed=consumed, _block_bytes=_block_bytes
     )
     for batch in batches:
-        rows = zip(batch.ids, batch.headers, batch.proteins, batch.lines.tolist(), strict=True)
-        for name, header, tokens, line in rows:
-            yield SequenceRecord(id=name, header=header, tokens=tokens, line=line)
+        yield from batch.records()
 
 
 def read_batches(
@@ -55,19 +56,22 @@ def read_batches(
     on_duplicate: OnDuplicate = "error",
     report: FastaReport | None = None,
     consumed: Consumed | None = None,
+    parse_source: Parse | None = None,
     _block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[RecordBatch]:
     """The records of several sources, many at a time; an id may not come back in another source either.
 
-    `consumed` is told how many bytes were read from the sources, each time some were. Raises InputError.
+    `consumed` is told how many bytes were read from the sources, each time some were; `parse_source` reads what is no
+    FASTA. Raises InputError.
     """
     report = FastaReport() if report is None else report
+    parse_source = parse_source or parse
     unique_ids = None
     if on_duplicate != "allow":
-        all_ids = _all_ids(sources) if on_duplicate == "suffix" and reads_twice(sources) else None
+        all_ids = _all_ids(sources, parse_source) if on_duplicate == "suffix" and reads_twice(sources) else None
         unique_ids = UniqueIds(on_duplicate, [describe_source(source) for source in sources], all_ids)
     for i, source in enumerate(sources):
-        for batch in _parse(source, report, consumed, _block_bytes):
+        for batch in parse_source(source, report, consumed, _block_bytes):
             kept = batch if unique_ids is None else _with_unique_ids(batch, i, unique_ids, report)
             _count(report, kept)
             if len(kept):
@@ -89,13 +93,20 @@ def read_range(
         yield batch
 
 
+def parse(source: Source, report: FastaReport, consumed: Consumed | None, block_bytes: int) -> Iterator[RecordBatch]:
+    """The records of one FASTA source, many at a time. Raises InputError."""
+    name = describe_source(source)
+    line, blocks = _skip_to_first_record(open_blocks(source, consumed=consumed, block_bytes=block_bytes), name)
+    yield from _parse_blocks(blocks, line, name, report)
+
+
 def _count(report: FastaReport, batch: RecordBatch) -> None:
     report.records += len(batch)
     report.residues += len(batch.tokens) - len(batch)
 
 
-def _all_ids(sources: Sequence[Source]) -> set[str]:
-    batches = (batch for source in sources for batch in _parse(source, FastaReport(), None, BLOCK_BYTES))
+def _all_ids(sources: Sequence[Source], parse_source: Parse) -> set[str]:
+    batches = (batch for source in sources for batch in parse_source(source, FastaReport(), None, BLOCK_BYTES))
     return {name for batch in batches for name in batch.ids}
 
 
@@ -114,12 +125,6 @@ def _with_unique_ids(batch: RecordBatch, source: int, unique_ids: UniqueIds, rep
         [proteins[i] for i in kept],
         [lines[i] for i in kept],
     )
-
-
-def _parse(source: Source, report: FastaReport, consumed: Consumed | None, block_bytes: int) -> Iterator[RecordBatch]:
-    name = describe_source(source)
-    line, blocks = _skip_to_first_record(open_blocks(source, consumed=consumed, block_bytes=block_bytes), name)
-    yield from _parse_blocks(blocks, line, name, report)
 
 
 def _parse_blocks(blocks: Iterator[bytes], line: int, name: str, report: FastaReport) -> Iterator[RecordBatch]:

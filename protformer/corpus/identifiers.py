@@ -40,6 +40,11 @@ def short_name(identifier: bytes) -> bytes:
     return fields[place] if place < len(fields) and fields[place] else identifier
 
 
+def short_id(identifier: str) -> str:
+    """As `short_name`."""
+    return short_name(identifier.encode("utf-8")).decode("utf-8")
+
+
 def accession(identifier: bytes) -> bytes:
     """The accession in a FASTA id, without the version or isoform where it is UniProt's, RefSeq's or GenBank's.
 

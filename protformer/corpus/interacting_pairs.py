@@ -12,7 +12,7 @@ import numpy as np
 
 from protformer.corpus.compression import Source, describe_source
 from protformer.corpus.duplicates import quote
-from protformer.corpus.identifiers import stored_ids
+from protformer.corpus.identifiers import short_name, stored_ids
 from protformer.corpus.pairs import read_pairs, resolve_pairs
 from protformer.corpus.random_reads import ArrayFile
 from protformer.corpus.token_store import TokenStore
@@ -84,13 +84,13 @@ def build_interacting_pairs(
 
 
 def _find_proteins(store: TokenStore, names: Iterable[str]) -> dict[str, list[int]]:
-    """The indices of all proteins with one of these ids; an id without any is left out."""
+    """The indices of all proteins with one of these ids or accessions; those without any are left out."""
     wanted = {name.encode("utf-8"): name for name in names}
     found: dict[str, list[int]] = {}
     first = 0
     for identifiers in stored_ids(store):
         for index, identifier in enumerate(identifiers, start=first):
-            if identifier in wanted:
-                found.setdefault(wanted[identifier], []).append(index)
+            for each in {identifier, short_name(identifier)} & wanted.keys():
+                found.setdefault(wanted[each], []).append(index)
         first += len(identifiers)
     return found

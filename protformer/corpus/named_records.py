@@ -1,11 +1,10 @@
 """A few proteins by name, from a FASTA file that may be very large.
 
-In: a FASTA source and ids. Out: the `SequenceRecord`s with these ids, in the order of the file. Beside a plain file an
-index as `samtools faidx` writes it (`FILE.fai`), not older than the file, is used: then only the index and the named
-records are read, by pyfaidx, and nothing else of the file is checked. No index is made here: reading the whole file
-once is faster than making one, and nobody's folder gets files that were not asked for. Only the lines of the index that
-are wanted reach pyfaidx, which would hold 538 bytes for each record otherwise.
-"""
+In: a FASTA source, or a token store, and ids. Out: the `SequenceRecord`s with these ids, in the order of the file.
+Beside a plain file an index as `samtools faidx` writes it (`FILE.fai`), not older than the file, is used: then only the
+index and the named records are read, by pyfaidx, and nothing else of the file is checked. No index is made here:
+reading the whole file once is faster than making one, and nobody's folder gets files that were not asked for. Only the
+lines of the index that are wanted reach pyfaidx, which would hold 538 bytes for each record otherwise."""
 
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -14,8 +13,10 @@ from pathlib import Path
 from protformer.alphabet import INVALID
 from protformer.corpus.compression import Source, describe_source, is_stdin, readable
 from protformer.corpus.duplicates import OnDuplicate, quote
-from protformer.corpus.fasta import FastaReport, SequenceRecord, read_fasta
+from protformer.corpus.fasta import FastaReport, SequenceRecord
+from protformer.corpus.identifiers import short_id, short_name
 from protformer.corpus.letters import ALLOWED, CLOSE, LETTER_CODES, change_letters, find_bad_letter
+from protformer.corpus.stored_records import read_proteins
 from protformer.corpus.tables import read_lines
 from protformer.errors import InputError
 
@@ -34,16 +35,16 @@ def read_named(
     report: FastaReport,
     tell: Callable[[str], None],
 ) -> Iterator[SequenceRecord]:
-    """The records with these ids; ids that are not there are left to the caller. Raises InputError.
+    """The records with these ids, or whose accession (`short_id`) is one; others are left to the caller.
 
-    A record that was found by an index has line 0.
+    A record that was found by an index has line 0. Raises InputError.
     """
     index = _usable_index(source, on_duplicate, tell)
     if index is not None:
         yield from _read_by_index(Path(source), index, _find_lines(index, names, on_duplicate, source), report)
         return
-    for record in read_fasta(source, on_duplicate=on_duplicate, report=report):
-        if record.id in names:
+    for record in read_proteins(source, on_duplicate=on_duplicate, report=report):
+        if record.id in names or short_id(record.id) in names:
             yield record
 
 
@@ -68,13 +69,14 @@ def _usable_index(source: Source, on_duplicate: OnDuplicate, tell: Callable[[str
 
 def _find_lines(index: Path, names: Collection[str], on_duplicate: OnDuplicate, source: Source) -> dict[str, bytes]:
     """The index's line of each name that it has, in the order of the index."""
-    wanted = {name.encode("utf-8"): name for name in names}
+    wanted = {name.encode("utf-8") for name in names}
     found: dict[str, bytes] = {}
     for _, lines in read_lines(index):
         for line in lines:
-            name = wanted.get(line.partition(b"\t")[0])
-            if name is None:
+            identifier = line.partition(b"\t")[0]
+            if identifier not in wanted and short_name(identifier) not in wanted:
                 continue
+            name = identifier.decode("utf-8")
             if name in found and on_duplicate == "error":
                 raise InputError(
                     f"{describe_source(source)}: record {quote(name)}: duplicate id; make the ids differ, or choose "

@@ -4,7 +4,7 @@ A batch holds its ids and headers as places in the text that they were read from
 asked: who builds a token store needs the bytes of the ids and nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 
@@ -100,6 +100,12 @@ class RecordBatch:
     def proteins(self) -> list[bytes]:
         """The tokens of each protein, without <eos>."""
         return self.tokens[:-1].split(CLOSE)
+
+    def records(self) -> Iterator[SequenceRecord]:
+        """One by one."""
+        rows = zip(self.ids, self.headers, self.proteins, self.lines.tolist(), strict=True)
+        for name, header, tokens, line in rows:
+            yield SequenceRecord(id=name, header=header, tokens=tokens, line=line)
 
     def select(self, chosen: NDArray[np.bool_]) -> "RecordBatch":
         """The proteins that are chosen, at least one, in order."""

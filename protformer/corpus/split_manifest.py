@@ -11,6 +11,9 @@ from protformer.corpus.compression import describe_source, readable
 from protformer.errors import InputError
 
 SPLIT_FILE = "split.json"
+SIDES_FILE = "sides.tsv"
+"""Beside it: id, side (or `dropped`) and the reason for that of each protein, with a header."""
+
 FORMAT_VERSION = 1
 
 

@@ -1,7 +1,8 @@
 """FASTA to token stores for training, validation, test and out-of-distribution measurement, without relatives between.
 
 In: a `SplitRequest` and a token store of all proteins. Out: a folder with the stores `train`, `validation`, `test` and
-`ood` (those that have proteins) and `split.json`, whole or not at all. In steps:
+`ood` (those that have proteins), `split.json`, and `sides.tsv`, which tells of each protein in the order of the FASTA
+where it went, or why it went nowhere; whole or not at all. In steps:
 
 1. Whole clusters are dealt out by a keyed hash, from a table, from MMseqs2, or (no clusters) each sequence by itself.
 2. Proteins of held-out families go to `ood`; other members of their clusters are dropped.
@@ -26,17 +27,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protformer import __version__
+from protformer.corpus.build_lock import LOCK_FILE, exclusive_folder, remove_exclusive_folder
 from protformer.corpus.clusters import Unlisted, read_clusters
 from protformer.corpus.families import choose_families, read_families
 from protformer.corpus.identifiers import hash_names, stored_ids
 from protformer.corpus.letters import CLOSE
 from protformer.corpus.mmseqs import MAX_SEARCH_EVALUE, SEARCH_MARGIN, SENSITIVITY, MMseqs
 from protformer.corpus.records import select_proteins
-from protformer.corpus.split_manifest import FORMAT_VERSION, SPLIT_FILE, SplitManifest
+from protformer.corpus.split_manifest import FORMAT_VERSION, SIDES_FILE, SPLIT_FILE, SplitManifest
 from protformer.corpus.split_sides import STORE_NAMES, Side, drop_copies, drop_relatives, hold_out, sides_by_share
+from protformer.corpus.store_build import building_folder, has_finished_parts
 from protformer.corpus.store_manifest import StoreManifest
 from protformer.corpus.token_store import TokenStore, TokenStoreWriter
-from protformer.errors import InputError, OutputError
+from protformer.errors import InputError, InterruptedRunError, OutputError
 
 SplitMethod = Literal["clusters", "mmseqs", "hash"]
 
@@ -44,6 +47,9 @@ UNLISTED = "not in the cluster table"
 CLUSTERED_WITH_OOD = "in a cluster with a held-out family"
 COPIES = "with the sequence of another side"
 RELATIVES = "similar to another side's"
+
+ALL = "all"
+"""Where the store of all proteins is, in the folder that is worked in."""
 
 _PROTEINS_AT_ONCE = 1 << 16
 
@@ -83,6 +89,16 @@ class _Division:
     families: dict[str, str | int | list[str]] | None = None
     search: dict[str, str | int | float] | None = None
     dropped: dict[str, int] = field(default_factory=dict)
+    reasons: NDArray[np.int8] = field(init=False)
+    """(protein,) Index into the keys of `dropped` of the reason for which a protein is in no store."""
+
+    def __post_init__(self) -> None:
+        self.reasons = np.zeros(len(self.sides), dtype=np.int8)
+
+    def note_dropped(self, reason: str, proteins: NDArray[np.bool_]) -> None:
+        """Count these proteins, which have been dropped."""
+        self.reasons[proteins] = len(self.dropped)
+        self.dropped[reason] = int(proteins.sum())
 
 
 def prepare_split(
@@ -92,21 +108,19 @@ def prepare_split(
 
     `build` makes a token store of all proteins at the path that it is given; `tell` is told what takes long. Raises
     InputError for tables, ConfigError without MMseqs2 where it is needed (both before anything is read, if possible),
-    OutputError for `out`.
+    OutputError for `out`, InterruptedRunError if Ctrl-C left something to go on from.
     """
     with _work_folder(out) as folder:
         needs_mmseqs = request.search or request.method == "mmseqs"
         (folder / "work").mkdir()
         mmseqs = MMseqs.find(folder / "work", threads=request.threads) if needs_mmseqs else None
-        build(folder / "all")
-        store = TokenStore.open(folder / "all")
+        build(folder / ALL)
+        store = TokenStore.open(folder / ALL)
         division = _divide(store, request, mmseqs, tell)
         if not (division.sides == Side.TRAIN).any():
             raise InputError("no proteins are left to train on; hold out less")
-        manifest = _write_stores(store, division, request, mmseqs, folder)
-        shutil.rmtree(folder / "all")
-        shutil.rmtree(folder / "work")
-        (folder / SPLIT_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        manifest = _write_stores(store, division, request, mmseqs, folder / "result")
+        (folder / "result" / SPLIT_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 
@@ -115,8 +129,8 @@ def _divide(store: TokenStore, request: SplitRequest, mmseqs: MMseqs | None, tel
     groups = _deal_out(store, request, mmseqs, division, tell)
     _hold_out_families(store, request, groups, division)
     if groups is not None:
-        division.dropped[UNLISTED] = int(((groups < 0) & (division.sides == Side.DROPPED)).sum())
-    division.dropped[COPIES] = int(drop_copies(division.sides, division.sequences).sum())
+        division.note_dropped(UNLISTED, (groups < 0) & (division.sides == Side.DROPPED))
+    division.note_dropped(COPIES, drop_copies(division.sides, division.sequences))
     if request.search and mmseqs is not None:
         _drop_similar(store, request, mmseqs, division, tell)
     return division
@@ -162,7 +176,7 @@ def _hold_out_families(
     table = read_families(request.families, store, column=request.family_column)
     names = choose_families(table, request.hold_out_families, seed=request.seed, source=request.families)
     members = table.are_members(names, len(store))
-    division.dropped[CLUSTERED_WITH_OOD] = int(hold_out(division.sides, members, groups).sum())
+    division.note_dropped(CLUSTERED_WITH_OOD, hold_out(division.sides, members, groups))
     other_families = members[table.protein] & ~np.isin(table.names, names)[table.family]
     division.families = {
         "table": str(request.families),
@@ -182,7 +196,7 @@ def _drop_similar(
     kept = np.flatnonzero(division.sides != Side.DROPPED)
     tell(f"searching {len(kept):,} proteins for relatives of the {len(held_out):,} held out, by mmseqs easy-search")
     queries, targets = mmseqs.search(store, held_out, kept, identity=request.identity)
-    division.dropped[RELATIVES] = int(drop_relatives(division.sides, queries, targets).sum())
+    division.note_dropped(RELATIVES, drop_relatives(division.sides, queries, targets))
     division.search = {
         "identity": request.identity,
         "margin": SEARCH_MARGIN,
@@ -195,9 +209,12 @@ def _write_stores(
     store: TokenStore, division: _Division, request: SplitRequest, mmseqs: MMseqs | None, folder: Path
 ) -> SplitManifest:
     written: dict[str, StoreManifest] = {}
+    reasons = list(division.dropped)
     with ExitStack() as stack:
         present = [side for side in STORE_NAMES if (division.sides == side).any()]
         writers = {side: stack.enter_context(TokenStoreWriter(folder / STORE_NAMES[side])) for side in present}
+        table = stack.enter_context((folder / SIDES_FILE).open("w", encoding="utf-8"))
+        table.write("id\tside\treason\n")
         start = 0
         for ids in stored_ids(store):
             sides = division.sides[start : start + len(ids)]
@@ -208,6 +225,7 @@ def _write_stores(
                 chosen = sides == side
                 kept = list(compress(names, chosen))
                 writer.append(kept, *select_proteins(tokens, offsets[1:] - offsets[0], chosen))
+            table.writelines(_lines_of_sides(names, sides, division.reasons[start : start + len(ids)], reasons))
             start += len(ids)
         for side, writer in writers.items():
             written[STORE_NAMES[side]] = writer.finish(store.manifest.sources, store.manifest.report)
@@ -230,6 +248,14 @@ def _write_stores(
     )
 
 
+def _lines_of_sides(
+    names: list[str], sides: NDArray[np.int8], reasons: NDArray[np.int8], words: list[str]
+) -> Iterator[str]:
+    for name, side, reason in zip(names, sides.tolist(), reasons.tolist(), strict=True):
+        is_dropped = side == Side.DROPPED
+        yield f"{name}\t{'dropped' if is_dropped else STORE_NAMES[side]}\t{words[reason] if is_dropped else ''}\n"
+
+
 def _hash_sequences(store: TokenStore) -> NDArray[np.uint64]:
     """(protein,) Hash of the residues of each protein."""
     hashes = np.empty(len(store), dtype=np.uint64)
@@ -242,16 +268,34 @@ def _hash_sequences(store: TokenStore) -> NDArray[np.uint64]:
 
 @contextmanager
 def _work_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place at the end; nothing is left of it if the block fails."""
+    """A folder beside `out` to work in, whose `result` takes the place of `out` at the end.
+
+    If the block fails nothing is left of it. If the user or a kill stops it, a store of all proteins is left, whole or
+    half built: the next one goes on with that.
+    """
     final = Path(os.path.abspath(out))
-    folder = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        if final.exists():
-            final.rmdir()  # the caller has seen that it is empty
-        folder.rename(final)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder = final.with_name(f".{final.name}.splitting")
+    with exclusive_folder(folder, out):
+        try:
+            for entry in folder.iterdir():
+                if entry.name not in (LOCK_FILE, ALL, building_folder(folder / ALL).name):
+                    shutil.rmtree(entry)
+            (folder / "result").mkdir()
+            yield folder
+            if final.exists():
+                final.rmdir()  # the caller has seen that it is empty
+            (folder / "result").rename(final)
+        except (InterruptedRunError, KeyboardInterrupt) as error:
+            if not ((folder / ALL).exists() or has_finished_parts(building_folder(folder / ALL))):
+                remove_exclusive_folder(folder)
+                raise
+            raise InterruptedRunError(
+                f"interrupted; the same command goes on with the proteins read so far, else delete {folder}"
+            ) from error
+        except OSError as error:
+            remove_exclusive_folder(folder)
+            raise OutputError(f"{out}: cannot be written: {error.strerror or error}") from error
+        except BaseException:
+            remove_exclusive_folder(folder)
+            raise
+        remove_exclusive_folder(folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from protformer.corpus.build_part import Divide
 from protformer.corpus.compression import Source
 from protformer.corpus.records import RecordBatch
 from protformer.corpus.store_build import build_stores
@@ -23,13 +24,22 @@ def build_split_stores(
     *,
     train: Path,
     validation: Path,
-    fraction: float,
+    divide: Divide,
     workers: int = 1,
     progress: Callable[[int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> int:
-    """Write both token stores; the number of proteins held out (without any, there is no validation store)."""
+    """Write both token stores, as `divide` says by 0 and 1; the number of proteins held out.
+
+    Without any, there is no validation store.
+    """
     _, held_out = build_stores(
-        fasta, [train, validation], divide=HashSplit(fraction=fraction), workers=workers, progress=progress
+        fasta,
+        [train, validation],
+        divide=divide,
+        workers=workers,
+        progress=progress,
+        tell=tell,
     )
     return held_out.num_proteins if held_out is not None else 0
 

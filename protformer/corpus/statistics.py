@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from protformer.alphabet import FIRST_RESIDUE, NUM_TOKENS, RESIDUES
 from protformer.corpus.compression import Consumed, Source, is_stdin
+from protformer.corpus.duplicates import refuse_repeated_sources
 from protformer.corpus.fasta import FastaReport, read_batches
 from protformer.corpus.token_store import TokenStore
 from protformer.errors import InputError
@@ -82,6 +83,7 @@ class CorpusStatistics:
 
 def count_proteins(sources: Sequence[Source], *, consumed: Consumed | None = None) -> CorpusStatistics:
     """The statistics of one token store, or of FASTA files together. Raises InputError."""
+    refuse_repeated_sources(sources)
     if not is_stdin(sources[0]) and Path(sources[0]).is_dir():
         if len(sources) > 1:
             raise InputError("--fasta: give one token store, or FASTA files, not both")

@@ -53,15 +53,17 @@ def build_token_store(
     on_duplicate: OnDuplicate = "allow",
     workers: int = 1,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> StoreManifest:
     """Write the proteins of FASTA files to a token store, in order.
 
-    An older store at `out` is replaced at the end. Unless duplicates are allowed, one process reads all. Raises
-    InputError for the files, OutputError for `out`, InterruptedRunError if Ctrl-C left something to go on from.
+    An older store at `out` is replaced at the end. Unless duplicates are allowed, one process reads all. `tell` is told
+    what an interrupted build has left to go on from. Raises InputError for the files, OutputError for `out`,
+    InterruptedRunError if Ctrl-C left something.
     """
     if on_duplicate != "allow":
         return _build_with_unique_ids(fasta, out, keep_ids, on_duplicate, progress)
-    (manifest,) = build_stores(fasta, [out], keep_ids=keep_ids, workers=workers, progress=progress)
+    (manifest,) = build_stores(fasta, [out], keep_ids=keep_ids, workers=workers, progress=progress, tell=tell)
     assert manifest is not None
     return manifest
 
@@ -74,6 +76,7 @@ def build_stores(
     keep_ids: bool = True,
     workers: int = 1,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
     _range_bytes: int = RANGE_BYTES,
 ) -> list[StoreManifest | None]:
     """Write one store, or by `divide` several in one pass; ids may come back.
@@ -87,11 +90,11 @@ def build_stores(
     building = building_folder(outs[0])
     with exclusive_folder(building, outs[0]):
         try:
-            manifests = _build(fasta, outs, building, divide, keep_ids, workers, progress, _range_bytes)
+            manifests = _build(fasta, outs, building, divide, keep_ids, workers, progress, tell, _range_bytes)
         except LostWorkerError:
             raise
         except KeyboardInterrupt as error:
-            if not any(building.glob("*/store-*")):
+            if not has_finished_parts(building):
                 remove_exclusive_folder(building)
                 raise
             raise InterruptedRunError(
@@ -109,6 +112,11 @@ def building_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.building")
 
 
+def has_finished_parts(building: Path) -> bool:
+    """Whether there is anything to go on from."""
+    return any(building.glob("*/store-*")) or any(building.glob("*/part-*/part.json"))
+
+
 def _build(
     fasta: Sequence[Source],
     outs: Sequence[Path],
@@ -117,6 +125,7 @@ def _build(
     keep_ids: bool,
     workers: int,
     progress: Progress | None,
+    tell: Callable[[str], None] | None,
     range_bytes: int,
 ) -> list[StoreManifest | None]:
     sources = inspect_sources(fasta)
@@ -137,19 +146,27 @@ def _build(
         for number, chosen in enumerate(ranges)
     ]
     with MergedStores(folder, outs, keep_ids=keep_ids) as merged:
-        _merge(tasks, merged, workers, progress)
+        _merge(tasks, merged, workers, progress, tell)
         if difference := describe_difference(sources, fasta):
             raise InputError(f"changed while it was read: {difference}")
         return merged.finish(sources)
 
 
-def _merge(tasks: Sequence[PartTask], merged: MergedStores, workers: int, progress: Progress | None) -> None:
+def _merge(
+    tasks: Sequence[PartTask],
+    merged: MergedStores,
+    workers: int,
+    progress: Progress | None,
+    tell: Callable[[str], None] | None,
+) -> None:
     """Build the parts that are missing, and append all in order."""
     if progress is not None:
         for task in tasks[: merged.num_parts]:
             progress(task.chosen.num_bytes)
     remaining = tasks[merged.num_parts :]
     finished = {task.number: part for task in remaining if (part := load_part(task.folder, task.number))}
+    if tell is not None and (num_there := merged.num_parts + len(finished)):
+        tell(f"going on with an interrupted build: {num_there:,} of {len(tasks):,} parts are there already")
     missing = [task for task in remaining if task.number not in finished]
     with closing(run_parts(missing, workers=workers, progress=progress)) as built:
         for task in remaining:

@@ -7,11 +7,11 @@ unseen, which is the price of not reading 100 GB for a comparison.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from protformer.alphabet import FINGERPRINT, NUM_TOKENS
+from protformer.alphabet import FINGERPRINT, NUM_TOKENS, RESIDUES, TOKENS
 from protformer.corpus.compression import Source, describe_source, is_stdin, readable
 from protformer.corpus.fasta import FastaReport
 from protformer.errors import InputError
@@ -19,6 +19,7 @@ from protformer.errors import InputError
 FORMAT_VERSION = 1
 
 _CHECKED_BYTES = 1 << 20
+_NUCLEOTIDE_SHARE, _FEWEST_JUDGED_LETTERS = 0.95, 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,8 +56,22 @@ class StoreManifest:
         """One line on the letters and ids that were changed, or None."""
         return self.report.summary()
 
+    def nucleotide_note(self) -> str | None:
+        """One line if this looks like DNA or RNA."""
+        counts = dict(zip(TOKENS, self.residue_counts, strict=True))
+        return nucleotide_note({letter: counts[letter] for letter in RESIDUES})
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def nucleotide_note(residue_counts: Mapping[str, int]) -> str | None:
+    """One line for the user if next to all letters are those of nucleotides; of proteins, they are a third."""
+    total = sum(residue_counts.values())
+    share = sum(residue_counts[letter] for letter in "ACGTUN") / max(1, total)
+    if total < _FEWEST_JUDGED_LETTERS or share < _NUCLEOTIDE_SHARE:
+        return None
+    return f"warning: {share:.0%} of the letters are A, C, G, T, U or N: this looks like DNA or RNA, not like proteins"
 
 
 def parse_manifest(text: str, where: Path) -> StoreManifest:

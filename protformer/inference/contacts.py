@@ -22,6 +22,7 @@ from torch import Tensor
 from protformer.alphabet import CLS, EOS, RESIDUE_TO_TOKEN, STANDARD_RESIDUES
 from protformer.config import Direction
 from protformer.corpus.fasta import SequenceRecord
+from protformer.corpus.identifiers import short_id
 from protformer.corpus.pairs import read_pairs, resolve_pairs
 from protformer.errors import InputError
 from protformer.inference.contact_scores import ContactMap, contacts_from_attention, contacts_from_jacobian, unit_scale
@@ -55,15 +56,16 @@ def predict_contacts(
     )
 
 
-def only_named(ids: tuple[str, ...], records: Iterable[SequenceRecord]) -> Iterator[SequenceRecord]:
-    """The records with these ids, in the order of the file. Raises InputError for an id that is not there."""
-    missing = set(ids)
-    for record in records:
-        if record.id in missing:
-            missing.remove(record.id)
-            yield record
-    if missing:
-        raise InputError(f"--ids {min(missing)!r}: no such record in the FASTA")
+def only_named(ids: tuple[str, ...], records: Iterable[SequenceRecord]) -> list[SequenceRecord]:
+    """The records that were found for these ids. Raises InputError for an id that none has."""
+    found = list(records)
+    known = {name for record in found for name in (record.id, short_id(record.id))}
+    if missing := sorted(set(ids) - known):
+        raise InputError(
+            f"--ids {missing[0]!r}: no such record in the FASTA; give the header up to the first white space, or P12345"
+            " for sp|P12345|NAME"
+        )
+    return found
 
 
 def chains_of_pairs(
@@ -71,7 +73,8 @@ def chains_of_pairs(
 ) -> Iterator[tuple[SequenceRecord, SequenceRecord]]:
     """The two proteins of each pair of the file, once each; all names are looked up before the first pair is given."""
     listed = read_pairs(pairs)
-    found = {record.id: record for record in find({name for pair in listed for name in (pair.a, pair.b)})}
+    records = list(find({name for pair in listed for name in (pair.a, pair.b)}))
+    found = {short_id(record.id): record for record in reversed(records)} | {record.id: record for record in records}
     resolve_pairs(listed, found.keys(), pairs)
     return ((found[a], found[b]) for a, b in dict.fromkeys((pair.a, pair.b) for pair in listed))
 

@@ -5,6 +5,7 @@ In: a path. Out: a flat mapping of names to values; the first is `kind`. Nothing
 
 import csv
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -68,8 +69,9 @@ def _describe_split(path: Path) -> Facts:
     facts: Facts = {"kind": "split"}
     for name, value in manifest.items():
         if isinstance(value, dict):
-            facts |= {f"{name}_{key.replace(' ', '_')}": item for key, item in value.items()}
-        elif value is not None and name != "format_version":
+            names = {key: re.sub("'s|[^a-z' ]", "", key).replace(" ", "_") for key in value}
+            facts |= {f"{name}_{names[key]}": item for key, item in value.items()}
+        elif value not in (None, []) and name != "format_version":
             facts[name] = value
     return facts
 
@@ -98,7 +100,7 @@ def _describe_run(path: Path) -> Facts:
     latest: dict[str, str] = {}
     for row in _rows(path / "metrics.csv"):
         latest |= {name: value for name, value in row.items() if value}
-    facts |= {f"latest_{name}": value for name, value in latest.items()}
+    facts |= {f"latest_{name}": _short_number(value) for name, value in latest.items()}
     if latest:
         places = int(latest["step"]) * load_run_config(str(path / "config.yaml")).training.tokens_per_step
         facts["fill_rate"] = round(int(latest["tokens"]) / places, 4)
@@ -145,6 +147,14 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def _short_number(text: str) -> object:
+    """A cell of a table as a number of at most six digits, if it is one with more."""
+    try:
+        return int(text) if text.isdigit() else float(f"{float(text):.6g}")
+    except ValueError:
+        return text
 
 
 def _describe_h5(path: Path) -> Facts:

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from protformer.errors import OutputError
+from protformer.errors import InterruptedRunError, OutputError, ProtformerError
 
 Per = Literal["protein", "residue", "both"]
 EmbeddingDtype = Literal["float16", "float32"]
@@ -43,7 +43,10 @@ class EmbeddingRecord:
 
 
 class EmbeddingWriter(ABC):
-    """Writes records one by one; as a context manager, leaves no final file after an exception."""
+    """Writes records one by one; as a context manager, leaves no final file after an exception.
+
+    The message of a ProtformerError then also says what is kept; Ctrl-C becomes an InterruptedRunError if anything is.
+    """
 
     def __init__(self, path: Path, *, per: Per, dtype: EmbeddingDtype, description: Mapping[str, object]) -> None:
         self._path = path
@@ -75,7 +78,8 @@ class EmbeddingWriter(ABC):
             os.replace(self._partial, self._path)
         except OSError as error:
             self._abandon()
-            raise OutputError(f"{self._path}: cannot finish the file: {error}") from error
+            kept = self._describe_kept()
+            raise OutputError("; ".join([f"{self._path}: cannot finish the file: {error}", *kept])) from error
 
     def __enter__(self) -> "EmbeddingWriter":
         return self
@@ -85,8 +89,17 @@ class EmbeddingWriter(ABC):
     ) -> None:
         if kind is None:
             self.close()
-        else:
-            self._abandon()
+            return
+        self._abandon()
+        kept = self._describe_kept()
+        if kept and isinstance(error, ProtformerError):
+            raise type(error)("; ".join([str(error), *kept])) from error
+        if kept and isinstance(error, KeyboardInterrupt):
+            raise InterruptedRunError("; ".join(["interrupted", *kept])) from error
+
+    def _describe_kept(self) -> list[str]:
+        """After an exception, what the user should know of the work that was kept; empty if there is none."""
+        return []
 
     @abstractmethod
     def _append(self, record: EmbeddingRecord) -> None:

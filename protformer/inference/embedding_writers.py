@@ -58,6 +58,19 @@ def open_embedding_writer(
     the file exists and `resume` is not given, where the format cannot do what is asked, or where the suffix
     is unknown.
     """
+    check_output(path, resume=resume)
+    suffix = path.suffix
+    if suffix == ".h5":
+        return Hdf5EmbeddingWriter(path, per=per, dtype=dtype, description=description, resume=resume)
+    if suffix == ".npy":
+        return NpyEmbeddingWriter(path, per=per, dtype=dtype, description=description)
+    if suffix == ".parquet":
+        return ParquetEmbeddingWriter(path, per=per, dtype=dtype, description=description)
+    return TorchEmbeddingWriter(path, per=per, dtype=dtype, description=description, save=save)
+
+
+def check_output(path: Path, *, resume: bool) -> None:
+    """Raise OutputError where no writer could write: a name, a folder, or a file that is there already."""
     suffix = path.suffix
     if suffix not in SUFFIXES:
         raise OutputError(f"{path}: unknown suffix {suffix!r}; use one of {', '.join(SUFFIXES)}")
@@ -67,13 +80,6 @@ def open_embedding_writer(
         raise OutputError(f"{path}: the folder {path.parent} does not exist; create it first")
     if not resume:
         _refuse_existing(path)
-    if suffix == ".h5":
-        return Hdf5EmbeddingWriter(path, per=per, dtype=dtype, description=description, resume=resume)
-    if suffix == ".npy":
-        return NpyEmbeddingWriter(path, per=per, dtype=dtype, description=description)
-    if suffix == ".parquet":
-        return ParquetEmbeddingWriter(path, per=per, dtype=dtype, description=description)
-    return TorchEmbeddingWriter(path, per=per, dtype=dtype, description=description, save=save)
 
 
 def _refuse_existing(path: Path) -> None:

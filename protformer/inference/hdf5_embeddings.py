@@ -6,7 +6,7 @@
 
 Attributes of the file: `format`, `format_version`, `per`, `dtype`, and `model`, a JSON object. Groups list
 their members in the order of writing. Memory is constant. An interrupted file is resumed from its last commit
-(see `journaled_file`); commits come every few seconds, so at most that much work is lost.
+(see `journaled_file`); commits come every few seconds and megabytes, so at most that much work is lost.
 """
 
 import contextlib
@@ -37,6 +37,9 @@ INDEX_GROUP = "%index"
 # Since 1.8, HDF5 keeps the order of a group and adds to it without rewriting it. Since 1.10, it marks a file
 # as being written, and refuses it after a crash; the journal already takes care of that.
 _HDF5_VERSIONS = ("v108", "v108")
+
+COMMIT_BYTES = 8 << 20
+"""The most that a kill or a full disk can cost of the embeddings that were written, however fast they came."""
 
 _INDEX_CHUNK = 1024
 
@@ -69,12 +72,16 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
         super().__init__(path, per=per, dtype=dtype, description=description)
         self._commit_seconds = commit_seconds
         self._uncommitted: list[EmbeddingRecord] = []
+        self._uncommitted_bytes = 0
+        self._num_committed = 0
         fresh = not (resume and self._prepare_resume())
         if fresh:
             self._partial.unlink(missing_ok=True)
         try:
             self._open(fresh)
         except OSError as error:
+            if fresh:
+                self._remove()
             raise OutputError(f"{self._path}: cannot begin the file: {error}") from error
 
     def done_ids(self) -> frozenset[str]:
@@ -89,11 +96,13 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
             if name in group:
                 raise OutputError(f"{self._path}: {record.id!r} is in the file already; ids must be unique")
             group.create_dataset(name, data=values)
+            self._uncommitted_bytes += values.nbytes
         # Without its arrays, which the file has by now, a record is its row of the index.
         self._uncommitted.append(
             EmbeddingRecord(id=record.id, header=record.header, length=record.length, truncated=record.truncated)
         )
-        if time.monotonic() - self._committed_at >= self._commit_seconds:
+        is_due = time.monotonic() - self._committed_at >= self._commit_seconds
+        if is_due or self._uncommitted_bytes >= COMMIT_BYTES:
             self._commit()
 
     def _finish(self) -> None:
@@ -104,6 +113,16 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
         self._journaled.close(keep_journal=False)
 
     def _abandon(self) -> None:
+        self._close_after_failure()
+        if not self._num_committed:
+            self._remove()
+
+    def _describe_kept(self) -> list[str]:
+        if not self._num_committed:
+            return []
+        return [f"{self._num_committed:,} proteins are kept in {self._partial}: --resume goes on from there"]
+
+    def _close_after_failure(self) -> None:
         # Should this fail as well (a full disk), the journal puts the file back to its last commit.
         with contextlib.suppress(OSError, RuntimeError):
             if self._file:
@@ -111,6 +130,13 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
         with contextlib.suppress(OSError, RuntimeError):
             self._file.close()
         self._journaled.close(keep_journal=True)
+        # Gives the disk back what comes behind the commit. The journal stays if this fails, for a resume to do it.
+        with contextlib.suppress(OSError):
+            roll_back(self._partial)
+
+    def _remove(self) -> None:
+        self._partial.unlink(missing_ok=True)
+        journal_path(self._partial).unlink(missing_ok=True)
 
     def _commit(self) -> None:
         rows, self._uncommitted = self._uncommitted, []
@@ -123,6 +149,8 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
         self._file.flush()
         self._journaled.commit()
         self._committed_at = time.monotonic()
+        self._uncommitted_bytes = 0
+        self._num_committed = len(index["id"])
 
     def _open(self, fresh: bool) -> None:
         self._journaled = JournaledFile(self._partial, create=fresh)
@@ -138,7 +166,7 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
             self._done = frozenset(self._file[INDEX_GROUP]["id"].asstr()[:].tolist())
             self._commit()
         except OSError:
-            self._abandon()
+            self._close_after_failure()
             raise
 
     def _create_layout(self) -> None:

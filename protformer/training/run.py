@@ -204,7 +204,7 @@ def _check_folder(run: RunFolder, *, resume: bool) -> bool:
     entries = [entry.name for entry in run.root.iterdir()] if run.root.exists() else []
     is_unstarted = STARTING_MARK in entries and not run.config.is_file()
     if entries and not resume and not is_unstarted:
-        raise OutputError(f"{run.root}: exists already; choose another --out, or add --resume to go on with it")
+        raise run.exists_already()
     if resume and not run.config.is_file() and not is_unstarted:
         raise InputError(f"{run.root}: no run to resume here (no config.yaml)")
     return not run.config.is_file()
@@ -250,6 +250,7 @@ def _prepare_stores(request: RunRequest, run: RunFolder, config: RunConfig, cons
             beside=run.root,
             cache=request.cache_dir,
             fraction=config.data.validation_fraction,
+            clusters=request.clusters,
             console=console,
         )
         for path in paths.train:

@@ -95,6 +95,19 @@ class RunFolder:
     def model(self) -> Path:
         return self.root / "model"
 
+    def refuse_trained(self) -> None:
+        """Raise OutputError if a run has come to a checkpoint here.
+
+        That is an earlier run for certain: the processes of one job write none before all of them have begun.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise OutputError(f"{self.root}: is a file; choose another --out")
+        if self.checkpoint.exists():
+            raise self.exists_already()
+
+    def exists_already(self) -> OutputError:
+        return OutputError(f"{self.root}: exists already; choose another --out, or add --resume to go on with it")
+
     def save_stores(self, paths: StorePaths) -> None:
         """Note where the token stores are; those inside the run folder relative to it, so that it may be moved."""
 

@@ -16,14 +16,17 @@ from typing import Protocol, runtime_checkable
 from protformer.alphabet import FINGERPRINT
 from protformer.corpus.build_lock import exclusive_folder, remove_exclusive_folder
 from protformer.corpus.build_workers import num_cores
+from protformer.corpus.cluster_split import ClusterSplit, split_by_clusters
 from protformer.corpus.split_manifest import SPLIT_FILE
-from protformer.corpus.splits import build_split_stores
+from protformer.corpus.splits import HashSplit, build_split_stores
 from protformer.corpus.store_manifest import FORMAT_VERSION, inspect_sources
 from protformer.corpus.token_store import TokenStore, build_token_store
 from protformer.errors import InputError
 from protformer.training.run_folder import StorePaths
 
 TRAIN, VALIDATION = "store", "validation"
+
+Split = HashSplit | ClusterSplit
 
 
 @runtime_checkable
@@ -44,12 +47,14 @@ def prepare_stores(
     beside: Path,
     cache: Path | None,
     fraction: float,
+    clusters: str | None = None,
     console: Console,
 ) -> StorePaths:
     """The stores to train on, one for each list of FASTA files or for each prepared store, and to validate with.
 
-    `validation_sets` are FASTA files or stores by the name of the set; without any, a `fraction` of the proteins is
-    held out. `beside` is the folder to build in without a `cache`. Raises InputError, OutputError.
+    `validation_sets` are FASTA files or stores by the name of the set; without any, a `fraction` is held out: of the
+    proteins, or of the clusters in the table `clusters`. `beside` is the folder to build in without a `cache`. Raises
+    InputError, OutputError.
     """
     validation = tuple(
         _validation_store(given, beside / (VALIDATION + _suffix(number)), cache, console)
@@ -64,7 +69,7 @@ def prepare_stores(
     if validation:
         train = _build_all(fasta_by_store, beside, cache, console)
         return StorePaths(train=train, validation=validation, validation_names=names)
-    return _split_all(fasta_by_store, beside, cache, fraction, console)
+    return _split_all(fasta_by_store, beside, cache, fraction, clusters, console)
 
 
 def _validation_store(given: str, without_cache: Path, cache: Path | None, console: Console) -> Path:
@@ -98,13 +103,21 @@ def _build_all(
 
 
 def _split_all(
-    fasta_by_store: Sequence[Sequence[str]], beside: Path, cache: Path | None, fraction: float, console: Console
+    fasta_by_store: Sequence[Sequence[str]],
+    beside: Path,
+    cache: Path | None,
+    fraction: float,
+    clusters: str | None,
+    console: Console,
 ) -> StorePaths:
+    divide: Split = HashSplit(fraction=fraction)
+    if clusters is not None:
+        divide = split_by_clusters(clusters, fraction, beside / "clusters" / "held_out.npy")
     train, validation = [], []
     for number, fasta in enumerate(fasta_by_store):
-        with _place(fasta, cache, beside / (TRAIN + _suffix(number)), fraction, console) as store:
+        with _place(fasta, cache, beside / (TRAIN + _suffix(number)), divide, console) as store:
             split = store.with_name(VALIDATION + _suffix(number) if cache is None else VALIDATION)
-            _split(fasta, store, split, fraction, console)
+            _split(fasta, store, split, divide, console)
             train.append(store)
             validation += [split] if split.exists() else []
     names = (VALIDATION,) * len(validation)
@@ -117,10 +130,14 @@ def _suffix(number: int) -> str:
 
 @contextmanager
 def _place(
-    fasta: Sequence[str], cache: Path | None, without_cache: Path, fraction: float | None, console: Console
+    fasta: Sequence[str],
+    cache: Path | None,
+    without_cache: Path,
+    divide: Split | None,
+    console: Console,
 ) -> Iterator[Path]:
     """Where the store is to be, while no other process may build there."""
-    key = None if cache is None else _key(fasta, fraction)
+    key = None if cache is None else _key(fasta, divide)
     if cache is None or key is None:
         yield without_cache
         return
@@ -134,12 +151,15 @@ def _place(
             remove_exclusive_folder(lock)
 
 
-def _key(fasta: Sequence[str], fraction: float | None) -> str | None:
+def _key(fasta: Sequence[str], divide: Split | None) -> str | None:
     """The same for the same content; None for what cannot be read twice."""
     sources = inspect_sources(fasta)
     if not all(source.head_sha256 for source in sources):
         return None
+    if isinstance(divide, ClusterSplit):
+        sources += (divide.table,)
     contents = [(source.num_bytes, source.head_sha256, source.tail_sha256) for source in sources]
+    fraction = None if divide is None else divide.fraction
     return hashlib.sha256(json.dumps([FORMAT_VERSION, FINGERPRINT, fraction, contents]).encode()).hexdigest()[:16]
 
 
@@ -148,22 +168,33 @@ def _build(fasta: Sequence[str], store: Path, console: Console) -> None:
         console.tell(f"using the token store {store}")
         return
     with console.byte_progress(fasta) as progress:
-        manifest = build_token_store(fasta, store, workers=num_cores(), progress=progress)
+        manifest = build_token_store(fasta, store, workers=num_cores(), progress=progress, tell=console.tell)
     console.tell(manifest.changes_summary())
+    console.tell(manifest.nucleotide_note())
 
 
-def _split(fasta: Sequence[str], train: Path, validation: Path, fraction: float, console: Console) -> None:
+def _split(fasta: Sequence[str], train: Path, validation: Path, divide: Split, console: Console) -> None:
     if _is_there(train, fasta):
         console.tell(f"using the token stores in {train.parent}")
         return
     with console.byte_progress(fasta) as progress:
         held_out = build_split_stores(
-            fasta, train=train, validation=validation, fraction=fraction, workers=num_cores(), progress=progress
+            fasta,
+            train=train,
+            validation=validation,
+            divide=divide,
+            workers=num_cores(),
+            progress=progress,
+            tell=console.tell,
         )
-    console.tell(TokenStore.open(train).manifest.changes_summary())
-    console.tell(
-        f"held out for validation: {held_out:,} proteins, by a hash of the sequence; homologs may be in training"
-    )
+    store = TokenStore.open(train)
+    console.tell(store.manifest.changes_summary())
+    console.tell(store.manifest.nucleotide_note())
+    num_proteins = held_out + len(store)
+    how = "by a hash of the sequence; homologs may be in training"
+    if isinstance(divide, ClusterSplit):
+        how = "whole clusters of the table; proteins that it does not list are in training"
+    console.tell(f"held out for validation: {held_out:,} of the {num_proteins:,} proteins in {', '.join(fasta)}, {how}")
 
 
 def _is_there(store: Path, fasta: Sequence[str]) -> bool:

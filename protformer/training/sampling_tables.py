@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from protformer.config import DataConfig
 from protformer.corpus.cluster_members import build_cluster_members
 from protformer.corpus.compression import is_stdin
+from protformer.corpus.duplicates import refuse_repeated_sources
 from protformer.corpus.interacting_pairs import PairReport, build_interacting_pairs
 from protformer.corpus.pairs import read_pairs
 from protformer.corpus.store_manifest import SourceFile, inspect_sources
@@ -27,6 +28,8 @@ OFFSETS_AT_ONCE = 1 << 20
 def check_sampling(fasta: Sequence[str], data: DataConfig, *, clusters: str | None, pairs: str | None) -> None:
     """Refuse, before data are read, what does not go together."""
     weights = data.source_weights
+    if weights is None:
+        refuse_repeated_sources(fasta)
     if weights is not None and len(weights) != len(fasta):
         raise ConfigError(
             f"data.source_weights: {len(weights)} weights for {len(fasta)} --fasta; give one for each, in their order"
