@@ -45,7 +45,7 @@ class ModelConfig:
     """Divide each query and key by its root mean square before the rotary turn, and scale its channels by learned
     numbers: bounds the logits, on whose size the error of random features depends."""
     norm: Norm = "pre"
-    """LayerNorm before attention and feed-forward and behind the last layer, or (`post`) behind each sum, as in BERT."""
+    """LayerNorm before attention and feed-forward and behind all layers, or (`post`) behind each sum, as in BERT."""
     norm_epsilon: float = 1e-5
     positions: Literal["rotary", "learned"] = "rotary"
     """`learned`: a vector a position is added to the token embedding, as in BERT, for max_positions tokens at most."""
