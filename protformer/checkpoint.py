@@ -63,7 +63,7 @@ def save_weights(
     """As `save_model`, for a model that is not in one place: its state dict is."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_whole(folder / WEIGHTS_FILE, partial(_save_weights, tensors))
+    write_whole(folder / WEIGHTS_FILE, partial(save_safetensors, tensors))
     config = json.dumps(asdict(description), indent=2) + "\n"
     write_whole(folder / CONFIG_FILE, lambda partial: partial.write_text(config, encoding="utf-8"))
     card = model_card(description, num_parameters=num_parameters)
@@ -86,6 +86,14 @@ def load_tensors(path: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no mapping of names to tensors")
     return content
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors that share no memory. Raises OSError."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # it has its own words for what the system says
+        raise OSError(str(error)) from error
 
 
 def load_pretrained_tensors(path: Path) -> dict[str, Tensor]:
@@ -128,10 +136,3 @@ def _load_safetensors(path: Path, device: torch.device) -> dict[str, Tensor]:
         return load_file(path, device=str(device))
     except (SafetensorError, OSError) as error:
         raise ModelFolderError(f"{path}: cannot be read as safetensors ({error})") from error
-
-
-def _save_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # it has its own words for what the system says
-        raise OSError(str(error)) from error

@@ -48,7 +48,9 @@ def convert(pretrained: PretrainedFolder, attention: AttentionConfig | None = No
         config = replace(config, attention=attention)
     weights = dict(reader.weights())
     has_lm_head = any(name.startswith("head.") for name in weights)
-    model = ProteinLanguageModel(config, seed=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a head that the weights do not have is the same each time
+        model = ProteinLanguageModel(config, seed=0)
     _check_shapes(model, weights, pretrained.name)
     model.load_state_dict(weights, strict=False)
     description = ModelDescription(

@@ -22,7 +22,7 @@ class ContactHead(nn.Module):
 
     def forward(self, layers: Iterable[Float[Tensor, "head residue residue"]]) -> Float[Tensor, "residue residue"]:
         """Probabilities, from the maps of each layer in turn: only one layer's need be in memory."""
-        logits = self.bias
+        logits: Tensor = self.bias
         for weight, maps in zip(self.weight, layers, strict=True):
             with torch.autocast(maps.device.type, enabled=False):
                 logits = logits + torch.einsum("h,hij->ij", weight, maps)
