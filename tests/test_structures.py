@@ -14,7 +14,9 @@ from protformer.corpus.structures import read_chains
 from protformer.errors import InputError
 from protformer.evaluation.contacts import contact_precision, mean_precision
 
-ATOM = "{record:<6}{serial:>5} {atom:<4} {residue:>3} {chain}{number:>4}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00  0.00          {element:>2}"
+ATOM = "{record:<6}{serial:>5}  {atom:<3} {residue:>3} {chain}{number:>4}    {x:8.3f}{y:8.3f}{z:8.3f}" + (
+    "  1.00  0.00          {element:>2}"
+)
 
 
 def pdb(*chains, model=1):
@@ -26,18 +28,8 @@ def pdb(*chains, model=1):
                 record = "HETATM" if name in ("MSE", "HOH", "CA") else "ATOM"
                 place = {"x": 3.8 * number, "y": 1.5 * (atom == "CB"), "z": 0.0}
                 element = "O" if name == "HOH" else atom[:1]
-                lines.append(
-                    ATOM.format(
-                        record=record,
-                        serial=1,
-                        atom=f" {atom}",
-                        residue=name,
-                        chain=chain,
-                        number=number,
-                        element=element,
-                        **place,
-                    )  # fmt: skip
-                )
+                names = {"record": record, "serial": 1, "atom": atom, "residue": name, "chain": chain}
+                lines.append(ATOM.format(**names, **place, number=number, element=element))
     return "\n".join([*lines, "ENDMDL", "END", ""])
 
 
@@ -160,5 +152,5 @@ def test_a_contact_head_is_a_logistic_regression_on_corrected_maps():
     for layer in range(2):
         for number in range(3):
             expected = expected + head.weight[layer, number] * apc(symmetrize(maps[layer, number]))
-    torch.testing.assert_close(head(apc(symmetrize(of_layer)) for of_layer in maps), expected.sigmoid())
+    torch.testing.assert_close(head(iter(maps)), expected.sigmoid())
     assert not any(parameter.requires_grad for parameter in head.parameters())

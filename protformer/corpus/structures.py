@@ -99,7 +99,7 @@ def _read_structure(file: Path, kind: str) -> Iterator[ChainStructure]:
 
     text = b"".join(open_blocks(file)).decode("utf-8", "replace")
     stem = Path(file.name.removesuffix(".gz")).stem
-    parser = MMCIFParser(QUIET=True) if kind == "mmcif" else PDBParser(QUIET=True)
+    parser: Any = MMCIFParser(QUIET=True) if kind == "mmcif" else PDBParser(QUIET=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what files leave out; what matters here is looked at below

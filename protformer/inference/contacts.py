@@ -26,10 +26,8 @@ from protformer.errors import InputError
 from protformer.inference.batches import require_positions
 from protformer.inference.contact_scores import (
     ContactMap,
-    apc,
     contacts_from_attention,
     contacts_from_jacobian,
-    symmetrize,
     unit_scale,
 )
 from protformer.inference.session import InferenceSession
@@ -106,7 +104,7 @@ def _contacts_from_attention(
         for weights in model.encoder.attention_maps(tokens[None], torch.ones_like(tokens)[None])
     )
     if model.contact_head is not None:
-        contacts: Tensor = model.contact_head(apc(symmetrize(of_layer)) for of_layer in maps)
+        contacts: Tensor = model.contact_head(maps)
         return contacts.cpu()
     return unit_scale(torch.stack([contacts_from_attention(of_layer.cpu()) for of_layer in maps]).mean(dim=0))
 
