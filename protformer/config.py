@@ -168,6 +168,10 @@ class TrainingConfig:
     """The batch of one optimizer step over all devices, in tokens; whole rows of data.max_residues."""
     accumulate_batches: int | Literal["auto"] = "auto"
     """Rows of a step are worked off in this many parts; `auto` takes few, and twice as many when memory runs out."""
+    activation_checkpointing: bool = False
+    """Keep only what enters each layer, and compute the rest again for the gradients: less memory, more time."""
+    compile: bool = False
+    """Let torch compile the layers, but for their attention; needs a C++ compiler, and a minute at the beginning."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` moves the layers' matrices by Muon, scaled so that AdamW's learning rate suits, and all else by AdamW."""
     learning_rate: float = 1e-3

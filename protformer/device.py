@@ -122,6 +122,15 @@ def launched_size() -> tuple[int, int] | None:
     return None
 
 
+def require_compiler(device: torch.device) -> None:
+    """Raise ConfigError unless torch.compile works here; takes some seconds."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(2, device=device))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = next(iter(str(error).strip().splitlines()), "no reason given")
+        raise ConfigError(f"training.compile: torch.compile does not work on this machine: {reason}") from error
+
+
 def make_deterministic() -> None:
     """Let an operation without a deterministic implementation say so, instead of giving other numbers on a resume."""
     torch.use_deterministic_algorithms(True, warn_only=True)

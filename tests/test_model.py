@@ -9,7 +9,7 @@ from protformer.alphabet import EOS, FIRST_RESIDUE, LAST_RESIDUE, MASK, NUM_TOKE
 from protformer.config import ExactConfig, FavorConfig, GeneralizedConfig, ModelConfig, load_run_config
 from protformer.model import encoder
 from protformer.model.masked_lm_head import ProteinLanguageModel
-from protformer.model.rotary import positions_in_segments, rotary_angles, rotate
+from protformer.model.rotary import positions_in_segments, rotary_angles, rotate, split_and_rotate
 
 KINDS = [FavorConfig(num_features=16), GeneralizedConfig(num_features=16), ExactConfig()]
 
@@ -125,6 +125,41 @@ def test_rotation_is_esm2s_half_split_convention_and_depends_on_differences_only
     torch.testing.assert_close(turned[[0, 4]], torch.tensor([math.cos(2.0), math.sin(2.0)]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_splitting_and_rotating_at_once_gives_values_and_gradients_of_doing_so_apart(dtype):
+    torch.manual_seed(0)
+    projected = torch.randn(2, 7, 3, 2, 8, dtype=dtype, requires_grad=True)
+    turn = rotary_angles(torch.stack([torch.arange(7), torch.arange(40, 47)]), 8)
+    q, k, v = projected.permute(2, 0, 3, 1, 4)
+    apart = [rotate(q, *turn), rotate(k, *turn), v]
+    weights = torch.randn(3, 2, 2, 7, 8, dtype=dtype)
+    results = []
+    for outputs in (apart, split_and_rotate(projected, *turn)):
+        (gradient,) = torch.autograd.grad([*outputs], projected, [*weights])
+        results.append([*outputs, gradient])
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("direction", ["bidirectional", "unidirectional"])
+@pytest.mark.parametrize("attention", KINDS, ids=lambda a: a.kind)
+def test_states_of_wanted_positions_and_their_gradients_are_those_of_the_whole_pass(attention, direction):
+    model = make_model(attention, direction)
+    row = torch.stack([protein(30, 1), protein(30, 2)])
+    one, wanted = torch.ones_like(row), torch.zeros_like(row, dtype=torch.bool)
+    wanted[0, [3, 20]] = wanted[1, 11] = True
+    results = []
+    for states in (model.encoder(row, one).hidden[wanted], model.encoder.states_at(row, one, wanted)):
+        gradients = torch.autograd.grad(states.square().sum(), [*model.encoder.parameters()])
+        results.append([states, *gradients])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encoder.states_at(row, one, wanted), results[0][0])
+        assert model.encoder.states_at(row, one, torch.zeros_like(wanted)).shape == (0, 16)
+
+
 def test_dropout_acts_in_training_only():
     model = make_model(ExactConfig(), dropout=0.5)
     row = protein(12, 1)[None]
@@ -185,9 +220,7 @@ def test_blocks_along_the_residues_change_nothing_without_autograd(monkeypatch, 
     segments = torch.ones_like(row)
     whole = model(row, segments)
     blocks = []
-    monkeypatch.setattr(
-        encoder, "INFERENCE_BLOCK_TOKENS", 20
-    )  # 10 residues of each of the 2 rows; the last block has 8
+    monkeypatch.setattr(encoder, "BLOCK_TOKENS", 20)  # 10 residues of each of the 2 rows; the last block has 8
     norm = model.encoder.blocks[0].feed_forward_norm
     norm.register_forward_hook(lambda module, arguments, output: blocks.append(output.shape[1]))
     with torch.no_grad():

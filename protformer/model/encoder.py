@@ -4,7 +4,8 @@ In: tokens and segments of a batch of rows. Out: hidden states. The kind of atte
 (`protformer.attention`); projections, rotary positions and dropout live here once for all kinds. The time is linear
 in the length for linear kinds. Without autograd, everything but attention works in blocks along the residues, so that
 nothing as wide as the feed-forward is ever as long as the row: a row of a million residues needs little more than its
-states, queries, keys and values.
+states, queries, keys and values. So do layers that are computed again in the backward pass (activation checkpointing:
+Chen et al. 2016), of which only the inputs are kept.
 
 Source: pre-LN Transformer (Xiong et al. 2020), as in ESM-2 and in the released protein_lm; rotary positions (Su et
 al. 2021) instead of the paper's learned absolute ones, so that no longest length is built in; optional normalisation of
@@ -14,19 +15,20 @@ ESM-2 and BERT: post-LN, learned positions, a norm of the embedding, token dropo
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from protformer.alphabet import NUM_TOKENS, PAD
 from protformer.attention import build_attention
 from protformer.attention.sequence_group import SequenceGroup
 from protformer.config import ModelConfig
 from protformer.errors import ConfigError, InputError
-from protformer.model.rotary import positions_in_segments, rotary_angles, rotate
+from protformer.model.rotary import positions_in_segments, rotary_angles, rotate, split_and_rotate
 from protformer.model.token_dropout import scale_visible
 
 Angles = tuple[Tensor, Tensor] | None
@@ -34,8 +36,8 @@ Angles = tuple[Tensor, Tensor] | None
 
 Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
-INFERENCE_BLOCK_TOKENS = 16_384
-"""Tokens (rows times residues) of a block without autograd: large enough for full speed of the matrix products."""
+BLOCK_TOKENS = 16_384
+"""Tokens (rows times residues) of a block: large enough for full speed of the matrix products."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +78,19 @@ class Encoder(nn.Module):
             x = block(x, angles, segments)
         return EncoderOutput(hidden=self.final_norm(x) if depth == self.config.num_layers else x)
 
+    def states_at(
+        self,
+        tokens: Int[Tensor, "batch residue"],
+        segments: Int[Tensor, "batch residue"],
+        wanted: Bool[Tensor, "batch residue"],
+    ) -> Float[Tensor, "place channel"]:
+        """Hidden states of the wanted positions, row by row; the last layer's feed-forward works for no others."""
+        x, angles = self._embed(tokens, segments)
+        for block in list(self.blocks)[:-1]:
+            x = block(x, angles, segments)
+        states: Tensor = self.final_norm(self.blocks[-1](x, angles, segments, wanted=wanted))
+        return states
+
     def attention_maps(
         self, tokens: Int[Tensor, "batch residue"], segments: Int[Tensor, "batch residue"]
     ) -> Iterator[Float[Tensor, "batch head residue residue"]]:
@@ -95,6 +110,18 @@ class Encoder(nn.Module):
             assert isinstance(block, Block)
             yield block.queries_keys_values(x, angles)
             x = block(x, angles, segments)
+
+    def recompute_in_backward(self) -> None:
+        """Keep only what enters each layer, and compute the rest again for the gradients (activation checkpointing)."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.recomputes = True
+
+    def compile_layers(self) -> None:
+        """Let torch compile all of each layer but its attention, which works in blocks and threads of its own."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compile_parts()
 
     def redraw_features(self, step: int) -> None:
         """Let every layer draw new random features if its schedule says so after `step` optimizer steps."""
@@ -168,20 +195,53 @@ class Block(nn.Module):
         self.feed_forward_input = nn.Linear(size, config.feed_forward_size)
         self.feed_forward_output = nn.Linear(config.feed_forward_size, size)
         self.dropout = nn.Dropout(config.dropout)
+        self.recomputes = False
+        """Whether the backward pass computes the block again, from nothing but its input, instead of keeping all."""
+
+    def compile_parts(self) -> None:
+        """Let torch compile what comes before and behind the attention."""
+        for name in ("_project", "_after_attention"):
+            setattr(self, name, torch.compile(getattr(self, name), fullgraph=True))
 
     def forward(
         self,
         x: Float[Tensor, "batch residue channel"],
         angles: Angles,
         segments: Int[Tensor, "batch residue"],
-    ) -> Float[Tensor, "batch residue channel"]:
-        attended = self.attention(*self.queries_keys_values(x, angles), segments).transpose(1, 2)
+        *,
+        wanted: Bool[Tensor, "batch residue"] | None = None,
+    ) -> Float[Tensor, "*place channel"]:
+        """The new states, of all positions or of the wanted ones."""
+        computed: Tensor
+        if self.recomputes and torch.is_grad_enabled():
+            computed = self._recomputed(self._compute, x, angles, segments, wanted)
+        else:
+            computed = self._compute(x, angles, segments, wanted)
+        return computed
 
+    def _compute(
+        self, x: Tensor, angles: Angles, segments: Tensor, wanted: Tensor | None
+    ) -> Float[Tensor, "*place channel"]:
+        attended = self.attention(*self.queries_keys_values(x, angles), segments).transpose(1, 2)
+        if wanted is None:
+            return self._finish(x, attended)
+        return self._finish(x[wanted].unsqueeze(0), attended[wanted].unsqueeze(0)).squeeze(0)
+
+    def _finish(
+        self, x: Float[Tensor, "batch residue channel"], attended: Float[Tensor, "batch residue head head_dim"]
+    ) -> Float[Tensor, "batch residue channel"]:
         def finish(part: slice) -> tuple[Tensor]:
             return (self._after_attention(x[:, part], attended[:, part].flatten(2)),)
 
+        if self.recomputes and torch.is_grad_enabled():
+            # Of what is as wide as the feed-forward, the backward pass then holds one block at a time.
+            parts = [self._recomputed(finish, part)[0] for part in block_slices(x)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         (finished,) = in_blocks(finish, x, dim=1)
         return finished
+
+    def _recomputed(self, compute: Callable[..., Any], *inputs: Any) -> Any:
+        return checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=self.dropout.p > 0)
 
     def queries_keys_values(
         self, x: Float[Tensor, "batch residue channel"], angles: Angles
@@ -189,16 +249,19 @@ class Block(nn.Module):
         """Queries, keys and values, each (batch, head, residue, head_dim); the former two rotated by their angles."""
 
         def project(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-            projected = self.query_key_value(self.attention_norm(x[:, part]) if self.is_pre_norm else x[:, part])
-            q, k, v = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            q, k = self.query_norm(q), self.key_norm(k)
-            if angles is None:
-                return q, k, v
-            cosine, sine = angles
-            turn = cosine[:, :, part], sine[:, :, part]
-            return rotate(q, *turn), rotate(k, *turn), v
+            turn = None if angles is None else (angles[0][:, :, part], angles[1][:, :, part])
+            return self._project(x[:, part], turn)
 
         return in_blocks(project, x, dim=2)
+
+    def _project(self, x: Float[Tensor, "batch residue channel"], angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        projected = self.query_key_value(self.attention_norm(x) if self.is_pre_norm else x)
+        projected = projected.unflatten(-1, (3, self.num_heads, -1))
+        if angles is not None and isinstance(self.query_norm, nn.Identity) and not torch.compiler.is_compiling():
+            return split_and_rotate(projected, *angles)
+        q, k, v = projected.permute(2, 0, 3, 1, 4)
+        q, k = self.query_norm(q), self.key_norm(k)
+        return (q, k, v) if angles is None else (rotate(q, *angles), rotate(k, *angles), v)
 
     def _after_attention(
         self, x: Float[Tensor, "batch residue channel"], attended: Float[Tensor, "batch residue channel"]
@@ -226,17 +289,23 @@ def in_blocks(compute: Callable[[slice], Tensors], x: Float[Tensor, "batch resid
 
     The parts go into their places one by one: collecting them first would hold everything twice.
     """
-    batch, length, _ = x.shape
-    block = max(1, INFERENCE_BLOCK_TOKENS // batch)
-    if torch.is_grad_enabled() or length <= block:
+    length, blocks = x.shape[1], block_slices(x)
+    if torch.is_grad_enabled() or len(blocks) == 1:
         return compute(slice(0, length))
     joined: list[Tensor] = []
-    for start in range(0, length, block):
-        parts = compute(slice(start, start + block))
+    for block in blocks:
+        parts = compute(block)
         joined = joined or [part.new_empty((*part.shape[:dim], length, *part.shape[dim + 1 :])) for part in parts]
         for whole, part in zip(joined, parts, strict=True):
-            whole.narrow(dim, start, part.shape[dim]).copy_(part)
+            whole.narrow(dim, block.start, part.shape[dim]).copy_(part)
     return cast(Tensors, tuple(joined))
+
+
+def block_slices(x: Float[Tensor, "batch residue channel"]) -> list[slice]:
+    """The residues of x in blocks of about BLOCK_TOKENS tokens."""
+    batch, length, _ = x.shape
+    size = max(1, BLOCK_TOKENS // batch)
+    return [slice(start, min(start + size, length)) for start in range(0, max(1, length), size)]
 
 
 @torch.no_grad()

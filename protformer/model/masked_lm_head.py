@@ -60,8 +60,9 @@ class ProteinLanguageModel(nn.Module):
         asked: Bool[Tensor, "batch residue"] | None = None,
     ) -> Float[Tensor, "*position token"]:
         """Logits of every position, or of those that are asked for, in their order."""
-        hidden = self.encoder(tokens, segments).hidden
-        return self.logits(hidden if asked is None else hidden[asked])
+        if asked is None:
+            return self.logits(self.encoder(tokens, segments).hidden)
+        return self.logits(self.encoder.states_at(tokens, segments, asked))
 
     def logits(self, hidden: Float[Tensor, "*batch channel"]) -> Float[Tensor, "*batch token"]:
         """Logits of chosen hidden states, so that a loss on a few positions pays for those only."""

@@ -5,9 +5,12 @@ norms and makes inner products depend on differences of positions only, so FAVOR
 Angles are computed on the fly in float32: no table, no longest position.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from protformer.config import RotaryRounding
 
@@ -37,6 +40,57 @@ def rotate(
     """Turn each channel pair of x by its angle; computed in float32, returned in x's dtype."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+
+
+def split_and_rotate(
+    projected: Float[Tensor, "batch residue 3 head head_dim"],
+    cosine: Float[Tensor, "batch 1 residue pair"],
+    sine: Float[Tensor, "batch 1 residue pair"],
+) -> tuple[
+    Float[Tensor, "batch head residue head_dim"],
+    Float[Tensor, "batch head residue head_dim"],
+    Float[Tensor, "batch head residue head_dim"],
+]:
+    """Queries and keys turned as by `rotate`, and values, each as one contiguous array.
+
+    With autograd's own operations, a training step spent as much time on turning queries and keys as on GELU; this
+    passes over each of them once in either direction.
+    """
+    q, k, v = _SplitAndRotate.apply(projected, cosine, sine)  # type: ignore[no-untyped-call]
+    return q, k, v
+
+
+class _SplitAndRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cosine, sine)
+        q, k, v = projected.permute(2, 0, 3, 1, 4)
+        turned = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)]
+        for x, into in zip((q, k), turned, strict=True):
+            _turn(x, cosine, sine, into=into)
+        return turned[0], turned[1], v.contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        batch, head, residue, head_dim = gradients[0].shape
+        of_projected = gradients[0].new_empty((batch, residue, 3, head, head_dim))
+        q, k, v = of_projected.permute(2, 0, 3, 1, 4)
+        for gradient, into in zip(gradients[:2], (q, k), strict=True):
+            _turn(gradient, cosine, -sine, into=into)
+        v.copy_(gradients[2])
+        return of_projected, None, None
+
+
+def _turn(x: Tensor, cosine: Tensor, sine: Tensor, *, into: Tensor) -> None:
+    """Write rotate(x) into an array of x's dtype; in float32 between."""
+    computed = into if into.dtype == cosine.dtype else torch.empty_like(into, dtype=cosine.dtype)
+    (first, second), (into_first, into_second) = x.to(cosine.dtype).chunk(2, dim=-1), computed.chunk(2, dim=-1)
+    torch.mul(first, cosine, out=into_first).addcmul_(second, sine, value=-1)
+    torch.mul(second, cosine, out=into_second).addcmul_(first, sine)
+    if computed is not into:
+        into.copy_(computed)
 
 
 def positions_in_segments(segments: Int[Tensor, "batch residue"]) -> Int[Tensor, "batch residue"]:

@@ -106,6 +106,10 @@ def train(
     torch.manual_seed(config.seed)
     model = ProteinLanguageModel(config.model, seed=config.seed)
     model.start_from_counts(counts)
+    if config.training.activation_checkpointing:
+        model.encoder.recompute_in_backward()
+    if config.training.compile:
+        model.encoder.compile_layers()
     micro_batches = MicroBatches(
         config.training.accumulate_batches,
         step_rows=step_rows,

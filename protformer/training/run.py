@@ -14,7 +14,7 @@ from pathlib import Path
 
 from protformer.config import RunConfig, dump_yaml, load_run_config, override_run
 from protformer.corpus.token_store import TokenStore
-from protformer.device import choose_device, launched_rank, launched_size
+from protformer.device import choose_device, launched_rank, launched_size, require_compiler
 from protformer.errors import ConfigError, InputError, InterruptedRunError, LostRankError, OutputError
 from protformer.evaluation.masked_lm import MaskedLmScores
 from protformer.run_status import sole_process
@@ -45,6 +45,8 @@ RESUMABLE_CHANGES = frozenset(
         "context_parallel",
         "rank_timeout",
         "accumulate_batches",
+        "activation_checkpointing",
+        "compile",
     )
 ) | {"data.num_workers"}
 """Fields that may differ on a resume: they do not change what is learned, or only by rounding."""
@@ -93,7 +95,9 @@ def run_training(request: RunRequest, console: Console) -> str:
         return _follow(request, run)
     is_new = _check_folder(run, resume=request.resume)
     config = _resolve_config(request, None if is_new else load_run_config(str(run.config)))
-    choose_device(request.device)
+    device = choose_device(request.device)
+    if config.training.compile:
+        require_compiler(device)
     num_ranks = request.devices * request.num_nodes
     rows_per_step(config, RankLayout(num_ranks=num_ranks, context_parallel=config.training.context_parallel))
     if is_new:
