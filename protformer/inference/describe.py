@@ -88,7 +88,7 @@ def _describe_model(path: Path) -> Facts:
         "steps": training.steps,
         "tokens_seen": training.tokens_seen,
         "protformer_version": description.protformer_version,
-    }
+    } | ({"converted_from": description.converted_from} if description.converted_from else {})
 
 
 def _describe_run(path: Path) -> Facts:
