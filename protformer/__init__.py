@@ -10,6 +10,7 @@ The map of the package, from the bottom up (each layer imports only those above 
 - `model`: encoder and heads. `checkpoint`: the model folder on disk.
 - `evaluation`: metrics and figures.
 - `inference`: embeddings and contacts. `training`: Lightning. `benchmark`: time, memory and errors.
+  `conversion`: pretrained weights of others in, models for transformers out.
 - `cli`: one file a command.
 
 Importing this package imports nothing heavy.

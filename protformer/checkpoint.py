@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -35,10 +36,7 @@ def load_model(path: Path, device: torch.device) -> tuple[ProteinLanguageModel, 
     weights = find_model_folder(path) / WEIGHTS_FILE
     with torch.device("meta"):
         model = ProteinLanguageModel(description.model, seed=description.training.seed)
-    try:
-        tensors = load_file(weights, device=str(device))
-    except (SafetensorError, OSError) as error:
-        raise ModelFolderError(f"{weights}: cannot be read as safetensors ({error})") from error
+    tensors = _load_safetensors(weights, device)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:
@@ -65,7 +63,7 @@ def save_weights(
     """As `save_model`, for a model that is not in one place: its state dict is."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_whole(folder / WEIGHTS_FILE, partial(_save_weights, tensors))
+    write_whole(folder / WEIGHTS_FILE, partial(save_safetensors, tensors))
     config = json.dumps(asdict(description), indent=2) + "\n"
     write_whole(folder / CONFIG_FILE, lambda partial: partial.write_text(config, encoding="utf-8"))
     card = model_card(description, num_parameters=num_parameters)
@@ -90,19 +88,42 @@ def load_tensors(path: Path) -> dict[str, object]:
     return content
 
 
+def save_safetensors(tensors: dict[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors that share no memory. Raises OSError."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # it has its own words for what the system says
+        raise OSError(str(error)) from error
+
+
+def load_pretrained_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file, or of the state dict that a torch file holds."""
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path, torch.device("cpu"))
+    tensors = load_tensors(path)
+    other = next((name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)), None)
+    if other is not None:
+        raise InputError(f"{path}: not a state dict: {other!r} is no tensor")
+    return cast(dict[str, Tensor], tensors)
+
+
 def model_card(description: ModelDescription, *, num_parameters: int) -> str:
     """A README for people who find the folder."""
     model, training = description.model, description.training
+    origin = f"""- Training data: {", ".join(training.sources) or "unknown"} ({training.num_proteins:,} proteins,
+  {training.num_residues:,} residues)
+- Training: {training.steps:,} steps, {training.tokens_seen:,} tokens, windows of {training.max_residues:,} tokens,
+  seed {training.seed}"""
+    if description.converted_from and not training.steps:
+        origin = f"""- Converted from {description.converted_from} by `protformer convert`, and not trained since; what
+  it was trained on, and its licence, are told where those weights were published"""
     return f"""# A protformer protein language model
 
 {num_parameters:,} parameters; {model.num_layers} layers, {model.num_heads} heads, hidden size {model.hidden_size},
 feed-forward {model.feed_forward_size}, {model.attention.kind} attention, {model.direction}, trained with `packing:
 {description.packing}`.
 
-- Training data: {", ".join(training.sources) or "unknown"} ({training.num_proteins:,} proteins,
-  {training.num_residues:,} residues)
-- Training: {training.steps:,} steps, {training.tokens_seen:,} tokens, windows of {training.max_residues:,} tokens,
-  seed {training.seed}
+{origin}
 - Written by protformer {description.protformer_version}
 
 Use it with `protformer embed --model FOLDER --fasta proteins.fa --out embeddings.h5`, or see `protformer --help`.
@@ -110,8 +131,8 @@ The licence of the weights follows from the data they were trained on and is not
 """
 
 
-def _save_weights(tensors: dict[str, Tensor], path: Path) -> None:
+def _load_safetensors(path: Path, device: torch.device) -> dict[str, Tensor]:
     try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # it has its own words for what the system says
-        raise OSError(str(error)) from error
+        return load_file(path, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise ModelFolderError(f"{path}: cannot be read as safetensors ({error})") from error

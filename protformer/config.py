@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+from protformer.alphabet import CLS, EOS
 from protformer.attention_config import AttentionConfig as AttentionConfig
 from protformer.attention_config import ExactConfig as ExactConfig
 from protformer.attention_config import FavorConfig as FavorConfig
@@ -21,6 +22,9 @@ from protformer.errors import ConfigError
 Packing = Literal["attend", "isolate"]
 OnLong = Literal["crop", "windows", "skip"]
 Direction = Literal["bidirectional", "unidirectional"]
+Norm = Literal["pre", "post"]
+Framing = Literal["eos", "cls_eos"]
+RotaryRounding = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,10 +44,35 @@ class ModelConfig:
     qk_norm: bool = False
     """Divide each query and key by its root mean square before the rotary turn, and scale its channels by learned
     numbers: bounds the logits, on whose size the error of random features depends."""
+    norm: Norm = "pre"
+    """LayerNorm before attention and feed-forward and behind all layers, or (`post`) behind each sum, as in BERT."""
+    norm_epsilon: float = 1e-5
+    positions: Literal["rotary", "learned"] = "rotary"
+    """`learned`: a vector a position is added to the token embedding, as in BERT, for max_positions tokens at most."""
+    max_positions: int | None = None
+    rotary_rounding: RotaryRounding = "float32"
+    """ESM-2 was trained with rotary frequencies that are rounded to float16."""
+    embedding_norm: bool = False
+    """LayerNorm on what the first layer gets, as in BERT."""
+    token_dropout: bool = False
+    """As in ESM: MASK has no embedding, and the other tokens' are scaled by the share of masked ones."""
+    framing: Framing = "eos"
+    """A protein by itself ends in `<eos>`, or begins with `<cls>` as well, as in ESM-2 and BERT."""
+    contact_head: bool = False
+    """Contacts are a logistic regression on the attention maps, with weights of its own (`convert` reads ESM-2's)."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "hidden_size", "feed_forward_size"):
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        _require(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "above 0")
+        limit = self.max_positions
+        if self.positions == "learned":
+            has_limit = limit is not None and limit >= 1
+            _require(has_limit, "model.max_positions", limit, "at least 1 with model.positions learned")
+        else:
+            _require(limit is None, "model.max_positions", limit, "left out: rotary positions have no limit")
+        both_ways = self.direction == "bidirectional" or self.framing == "eos"
+        _require(both_ways, "model.framing", self.framing, "eos with model.direction unidirectional")
         _require(
             self.hidden_size % self.num_heads == 0 and self.head_dim % 2 == 0,
             "model.hidden_size",
@@ -55,6 +84,13 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def frame(self) -> tuple[bytes, bytes]:
+        """Tokens before and behind the residues of a protein that is by itself."""
+        if self.direction == "unidirectional":
+            return bytes([CLS]), b""
+        return bytes([CLS] if self.framing == "cls_eos" else []), bytes([EOS])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -60,6 +60,10 @@ class ModelDescription:
     packing: Packing = "attend"
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingProvenance = field(default_factory=TrainingProvenance)
+    converted_from: str = ""
+    """Name of the pretrained weights, and of their layout, that `convert` read."""
+    has_lm_head: bool = True
+    """False where the converted weights had none: that of the folder is then untrained."""
     residue_counts: list[int]
     """How often each of the 33 tokens stood in the training corpus: the unigram baseline."""
 

@@ -92,6 +92,7 @@ def test_every_option_that_the_readme_names_exists():
             [],
             *([name] for name in COMMANDS),
             ["evaluate", "masked-lm"],
+            ["evaluate", "contacts"],
             ["benchmark", "attention"],
             ["data", "stats"],
             ["data", "dedup"],

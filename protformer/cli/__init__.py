@@ -22,6 +22,8 @@ COMMANDS = {
     "embed": "embed",
     "predict-contacts": "predict_contacts",
     "evaluate": "evaluate",
+    "convert": "convert",
+    "export": "export",
     "describe": "describe",
     "benchmark": "benchmark",
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -10,16 +10,12 @@ from protformer.benchmark.cases import ATTENTION_CONFIGS, IDENTITY, Case, Dtype,
 from protformer.cli.options import FilePath, device_option, json_option, quiet_option
 from protformer.config import Direction
 
-if TYPE_CHECKING:
-    from protformer.evaluation.model_readiness import LayerReport
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 COUNTS = (16, 32, 64, 128, 256, 512, 1024)
 FIGURE_14 = {"num_layers": 12, "num_heads": 8, "hidden_size": 128, "feed_forward_size": 512}
 FIGURE_14_RESIDUES, FIGURE_14_COUNTS = 1024, (64, 256, 1024)
-RANDOM_RESIDUES = 512
 
 plot_option = click.option("--plot", type=FilePath, metavar="FILE", help="Draw the figure as PNG.")
 
@@ -219,31 +215,16 @@ def _report_readiness(
     plot: Path | None,
     quiet: bool,
 ) -> None:
-    from itertools import islice
-
     from protformer.checkpoint import load_model
     from protformer.cli.benchmark_tables import readiness_table
-    from protformer.cli.progress import count_progress
-    from protformer.corpus.fasta import FastaReport, read_fasta
+    from protformer.cli.readiness import report_readiness
     from protformer.device import choose_device, describe_machine
-    from protformer.evaluation.model_readiness import model_readiness, random_proteins
 
     chosen = choose_device(device)
     model, description = load_model(model_path, chosen)
-    proteins: list[Sequence[int]]
-    if fasta is None:
-        proteins = [
-            *random_proteins(description.unigram_frequencies, count=num_proteins, length=RANDOM_RESIDUES, seed=0)
-        ]
-        sequences = f"{num_proteins} x {RANDOM_RESIDUES} random residues"
-    else:
-        records = read_fasta(fasta, on_duplicate="allow", report=FastaReport())
-        proteins = [record.tokens for record in islice(records, num_proteins)]
-        sequences = f"the first {len(proteins)} proteins of {fasta}"
-    reports: list[LayerReport] = []
-    with count_progress("proteins", quiet=quiet) as advance:
-        for num_features in counts or (None,):
-            reports += model_readiness(model, proteins, num_features=num_features, advance=advance)
+    reports, sequences = report_readiness(
+        model, description, counts=counts or (None,), fasta=fasta, num_proteins=num_proteins, quiet=quiet
+    )
     if plot is not None:
         from protformer.benchmark.figures import plot_readiness
 
@@ -323,14 +304,10 @@ def _measure_costs(
 
 def _print(found: Mapping[str, object], as_json: bool, tables: Callable[[], Sequence[object]]) -> None:
     import json
-    import sys
 
     if as_json:
         click.echo(json.dumps(found))
         return
-    from rich.console import Console
+    from protformer.cli.readiness import print_tables
 
-    # A file or pipe has no width; tables are not folded there.
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    for table in tables():
-        console.print(table)
+    print_tables(tables())

@@ -7,6 +7,7 @@ from typing import Literal
 import click
 
 from protformer.cli.options import (
+    FilePath,
     batch_tokens_option,
     device_option,
     fasta_option,
@@ -72,3 +73,60 @@ def masked_lm(
         return
     for name, value in figures.items():
         click.echo(f"{name:34} {value:.4f}" if isinstance(value, float) else f"{name:34} {value}")
+
+
+@command.command("contacts")
+@model_option
+@click.option(
+    "--structures",
+    required=True,
+    type=FilePath,
+    metavar="PATH",
+    help="Folder of PDB or mmCIF files, one such file, or .jsonl[.gz] with a chain a line: id, seq, cb.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["attention", "jacobian"]),
+    default="attention",
+    show_default=True,
+    help="As in predict-contacts.",
+)
+@json_option
+@batch_tokens_option
+@precision_option
+@device_option
+@quiet_option
+def contacts(
+    model_path: Path,
+    structures: Path,
+    method: Literal["attention", "jacobian"],
+    as_json: bool,
+    batch_tokens: int,
+    precision: str,
+    device: str,
+    quiet: bool,
+) -> None:
+    """Precision of predicted contacts on chains of known structure.
+
+    Contacts are C-betas less than 8 angstrom apart; P@L is the precision of the L strongest pairs, L the chain's
+    length. Ranges: long 24 residues or more along the chain, medium 12 to 23, short 6 to 11. Means over chains.
+    """
+    from protformer.cli.progress import count_progress
+    from protformer.corpus.structures import read_chains
+    from protformer.inference.contact_evaluation import score_contacts
+    from protformer.inference.session import open_session
+
+    session = open_session(model_path, device=device, precision=precision)
+    with count_progress("chains", quiet=quiet) as advance:
+        figures = score_contacts(
+            session, read_chains(structures), method=method, batch_tokens=batch_tokens, advance=advance
+        )
+    if as_json:
+        click.echo(json.dumps(figures))
+        return
+    columns = ("P@L", "P@L/2", "P@L/5", "random_P@L")
+    click.echo(f"{'range':8}" + "".join(f"{name:>12}" for name in columns))
+    for name, values in figures.items():
+        if isinstance(values, dict):
+            click.echo(f"{name:8}" + "".join(f"{values[column]:12.3f}" for column in columns))
+    click.echo(f"num_chains {figures['num_chains']}")

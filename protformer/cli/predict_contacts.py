@@ -74,7 +74,8 @@ def command(
 ) -> None:
     """Predict contacts within proteins, or between two concatenated ones.
 
-    Scores rank pairs of residues; they are no calibrated probabilities. Memory grows with the square of the length.
+    Scores rank pairs of residues; they are no calibrated probabilities, unless the model has a contact head (as a
+    converted ESM-2 has). Memory grows with the square of the length.
 
     \b
     Example:

@@ -29,17 +29,20 @@ def evaluation_rows(
     rate: float,
     training_masking: MaskingConfig | None = None,
     max_tokens: int,
+    leading: bytes = b"",
 ) -> Iterator[MaskedRow]:
     """Batches of at most `max_tokens` tokens with padding counted; a longer protein is a batch of its own.
 
     Proteins are sorted by length within chunks of the input, so that little is padded. Selected positions all show
     MASK, unless `training_masking` asks for the scheme used in training. A unidirectional model is asked for every
-    residue (not for EOS, which the unigram baseline does not have).
+    residue (not for EOS, which the unigram baseline does not have). `leading` tokens stand before each protein, and do
+    not change which of its residues are asked for.
     """
     for chunk in _chunks(proteins):
         batch: list[MaskedRow] = []
         for protein in sorted(chunk, key=len, reverse=True):
             row = _prepare(protein, direction, rate, training_masking)
+            row = _lead(leading, row) if leading else row
             if batch and len(batch[0].inputs) * (len(batch) + 1) > max_tokens:
                 yield _pad(batch)
                 batch = []
@@ -73,6 +76,15 @@ def _prepare(
     if training_masking is not None:
         return mask_row(row, training_masking, generator)
     return mask_row_for_evaluation(row, rate, generator)
+
+
+def _lead(leading: bytes, row: MaskedRow) -> MaskedRow:
+    before = np.frombuffer(leading, dtype=np.uint8)
+    return MaskedRow(
+        inputs=np.concatenate([before, row.inputs]),
+        targets=np.concatenate([np.full(len(before), IGNORE, dtype=np.int16), row.targets]),
+        segments=np.concatenate([np.ones(len(before), dtype=np.int32), row.segments]),
+    )
 
 
 def _pad(rows: list[MaskedRow]) -> MaskedRow:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from protformer.alphabet import EOS
 from protformer.attention import build_attention
 from protformer.attention.exact import ExactAttention
 from protformer.attention.favor import FavorAttention
@@ -56,7 +55,8 @@ def model_readiness(
     readiness = [Readiness(num_features=favor.num_features) for _ in model.encoder.blocks]
     squared_error, squared_exact = ([0.0] * len(readiness) for _ in range(2))
     for protein in proteins:
-        tokens = torch.tensor([[*protein, EOS]], device=device)
+        before, behind = model.config.frame
+        tokens = torch.tensor([[*before, *protein, *behind]], device=device)
         for layer, figures in enumerate(_layers(model, linear, tokens)):
             readiness[layer] = readiness[layer] + figures
         states = zip(hidden_by_layer(linear, tokens), hidden_by_layer(exact, tokens), strict=True)

@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from protformer.alphabet import CLS, EOS, PAD
-from protformer.config import Direction, MaskingConfig
+from protformer.alphabet import PAD
+from protformer.config import MaskingConfig, ModelConfig
 from protformer.corpus.evaluation_rows import evaluation_rows
 from protformer.corpus.fasta import SequenceRecord
+from protformer.errors import InputError
 from protformer.evaluation.masked_lm import MaskedBatch
 
 CHUNK_RESIDUES = 500_000
@@ -34,7 +35,7 @@ class InferenceBatch:
     segments: Int[Tensor, "batch residue"]
     """1 for a token of the protein, 0 for padding."""
     first_residue: int
-    """Column of the first residue: 1 behind a `<cls>`, else 0."""
+    """Column of the first residue: behind what the model's frame begins with."""
 
 
 def chunked(records: Iterable[SequenceRecord], chunk_residues: int = CHUNK_RESIDUES) -> Iterator[list[SequenceRecord]]:
@@ -52,23 +53,23 @@ def chunked(records: Iterable[SequenceRecord], chunk_residues: int = CHUNK_RESID
 
 
 def length_sorted_batches(
-    chunk: list[SequenceRecord], *, max_tokens: int, direction: Direction, device: torch.device
+    chunk: list[SequenceRecord], *, max_tokens: int, model: ModelConfig, device: torch.device
 ) -> Iterator[InferenceBatch]:
     """Batches of a chunk, longest proteins first, so that too little memory shows at once."""
     order = sorted(range(len(chunk)), key=lambda i: -len(chunk[i]))
+    frame_tokens = sum(map(len, model.frame))
     start = 0
     while start < len(order):
-        rows = max(1, max_tokens // (len(chunk[order[start]]) + 1))
-        yield frame_batch(
-            [chunk[i] for i in order[start : start + rows]], order[start : start + rows], direction, device
-        )
+        rows = max(1, max_tokens // (len(chunk[order[start]]) + frame_tokens))
+        places = order[start : start + rows]
+        yield frame_batch([chunk[i] for i in places], places, model, device)
         start += rows
 
 
 def masked_batches(
     records: Iterable[SequenceRecord],
     *,
-    direction: Direction,
+    model: ModelConfig,
     rate: float,
     training_masking: MaskingConfig | None,
     max_tokens: int,
@@ -77,7 +78,8 @@ def masked_batches(
     """Each protein alone, masked for scoring (see `corpus.evaluation_rows`)."""
     rows = evaluation_rows(
         (np.frombuffer(record.tokens, dtype=np.uint8) for record in records),
-        direction=direction,
+        direction=model.direction,
+        leading=model.frame[0] if model.direction == "bidirectional" else b"",
         rate=rate,
         training_masking=training_masking,
         max_tokens=max_tokens,
@@ -90,22 +92,32 @@ def masked_batches(
 
 
 def frame_batch(
-    records: list[SequenceRecord], order: list[int], direction: Direction, device: torch.device
+    records: list[SequenceRecord], order: list[int], model: ModelConfig, device: torch.device
 ) -> InferenceBatch:
-    """Frame each protein as in training: residues and EOS, or (unidirectional) `<cls>` and residues."""
-    width = max(len(record) for record in records) + 1
-    tokens = np.full((len(records), width), PAD, dtype=np.int64)
-    segments = np.zeros((len(records), width), dtype=np.int64)
-    first_residue = int(direction == "unidirectional")
-    for row, record in enumerate(records):
-        length = len(record)
-        tokens[row, first_residue : first_residue + length] = np.frombuffer(record.tokens, dtype=np.uint8)
-        tokens[row, 0 if first_residue else length] = CLS if first_residue else EOS
-        segments[row, : length + 1] = 1
+    """Frame each protein as the model was trained: `<cls>` and residues, residues and EOS, or all three."""
+    before, behind = model.frame
+    framed = [before + record.tokens + behind for record in records]
+    tokens = np.full((len(records), max(map(len, framed))), PAD, dtype=np.int64)
+    segments = np.zeros_like(tokens)
+    for row, (record, frame) in enumerate(zip(records, framed, strict=True)):
+        require_positions(record.id, len(frame), model)
+        tokens[row, : len(frame)] = np.frombuffer(frame, dtype=np.uint8)
+        segments[row, : len(frame)] = 1
     return InferenceBatch(
         records=tuple(records),
         order=tuple(order),
         tokens=torch.from_numpy(tokens).to(device),
         segments=torch.from_numpy(segments).to(device),
-        first_residue=first_residue,
+        first_residue=len(before),
     )
+
+
+def require_positions(name: str, num_tokens: int, model: ModelConfig) -> None:
+    """Raise InputError if the model's learned positions do not reach so far."""
+    limit = model.max_positions
+    if limit is not None and num_tokens > limit:
+        raise InputError(
+            f"record {name!r} makes {num_tokens:,} tokens with the special ones, and this model has learned positions"
+            f" for {limit:,}; `embed` takes it in pieces with --max-length {limit - sum(map(len, model.frame))}"
+            f" --on-long window"
+        )

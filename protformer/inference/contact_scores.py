@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from protformer.model.contact_head import corrected_sum
+
 Maps = Float[Tensor, "*map residue residue"]
 ContactScores = Float[Tensor, "residue residue"]
 
@@ -48,7 +50,7 @@ def contacts_from_attention(weights: Float[Tensor, "map residue residue"]) -> Co
     learners" (their logistic regression is replaced by equal weights). A map is one head of one layer,
     special tokens cut off.
     """
-    return apc(symmetrize(weights)).mean(dim=0)
+    return corrected_sum(weights, weights.new_full((len(weights),), 1 / len(weights)))
 
 
 def contacts_from_jacobian(jacobian: Float[Tensor, "residue 20 residue 20"]) -> ContactScores:

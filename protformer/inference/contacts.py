@@ -2,8 +2,8 @@
 
 In: a model and one or two `SequenceRecord`s. Out: a `ContactMap`. Two methods:
 
-- `attention`: attention matrices of every layer and head, symmetrised, APC-corrected and averaged. O(residue ** 2)
-  memory.
+- `attention`: attention matrices of every layer and head, symmetrised and APC-corrected; weighed by the model's own
+  contact head if it has one (as ESM-2 does), else averaged. O(residue ** 2) memory.
 - `jacobian`: the categorical Jacobian (Zhang et al. 2024): how the logits at every residue move when a residue is
   exchanged for each of the 20 amino acids. residue x 20 forward passes; needs no attention matrix.
 
@@ -19,13 +19,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from protformer.alphabet import CLS, EOS, RESIDUE_TO_TOKEN, STANDARD_RESIDUES
-from protformer.config import Direction
+from protformer.alphabet import EOS, RESIDUE_TO_TOKEN, STANDARD_RESIDUES
 from protformer.corpus.fasta import SequenceRecord
 from protformer.corpus.identifiers import short_id
 from protformer.corpus.pairs import read_pairs, resolve_pairs
 from protformer.errors import InputError
-from protformer.inference.contact_scores import ContactMap, contacts_from_attention, contacts_from_jacobian, unit_scale
+from protformer.inference.batches import require_positions
+from protformer.inference.contact_scores import (
+    ContactMap,
+    contacts_from_attention,
+    contacts_from_jacobian,
+    unit_scale,
+)
 from protformer.inference.session import InferenceSession
 from protformer.model.masked_lm_head import ProteinLanguageModel
 
@@ -40,16 +45,20 @@ def predict_contacts(
     method: ContactMethod,
     batch_tokens: int,
 ) -> ContactMap:
-    """The contact map of one protein, or of several concatenated ones."""
-    tokens, residues = _frame(chains, session.model.config.direction, session.device)
+    """The contact map of one protein, or of several concatenated ones: probabilities of the model's contact head, or
+    scores that are stretched to [0, 1]."""
+    id_ = "__".join(chain.id for chain in chains)
+    tokens, residues = _frame(chains, session.model.config.frame[0], session.device)
+    require_positions(id_, len(tokens), session.model.config)
     with session.autocast():
         if method == "attention":
-            scores = _attention_scores(session.model, tokens, residues)
+            contacts = _contacts_from_attention(session.model, tokens, residues)
         else:
-            scores = _jacobian_scores(session.model, tokens, residues, batch_tokens)
+            session.require_lm_head("--method jacobian")
+            contacts = unit_scale(_jacobian_scores(session.model, tokens, residues, batch_tokens))
     return ContactMap(
-        id="__".join(chain.id for chain in chains),
-        contacts=unit_scale(scores).numpy(),
+        id=id_,
+        contacts=contacts.numpy(),
         sequence="".join(chain.sequence for chain in chains),
         chain_lengths=tuple(len(chain) for chain in chains),
         chain_ids=tuple(chain.id for chain in chains),
@@ -80,27 +89,27 @@ def chains_of_pairs(
 
 
 def _frame(
-    chains: tuple[SequenceRecord, ...], direction: Direction, device: torch.device
+    chains: tuple[SequenceRecord, ...], before: bytes, device: torch.device
 ) -> tuple[Int[Tensor, " token"], Int[Tensor, " residue"]]:
-    """Tokens of the row, and the columns of its residues. Unidirectional rows begin with `<cls>`."""
-    pieces = [np.frombuffer(chain.tokens + bytes([EOS]), dtype=np.uint8) for chain in chains]
-    if direction == "unidirectional":
-        pieces.insert(0, np.array([CLS], dtype=np.uint8))
-    row = np.concatenate(pieces).astype(np.int64)
-    columns = np.flatnonzero((row != EOS) & (row != CLS))
+    """Tokens of the row, each chain closed by EOS, and the columns of its residues."""
+    row = np.frombuffer(before + b"".join(chain.tokens + bytes([EOS]) for chain in chains), dtype=np.uint8)
+    row = row.astype(np.int64)
+    columns = len(before) + np.flatnonzero(row[len(before) :] != EOS)
     return torch.from_numpy(row).to(device), torch.from_numpy(columns).to(device)
 
 
-def _attention_scores(
+def _contacts_from_attention(
     model: ProteinLanguageModel, tokens: Int[Tensor, " token"], residues: Int[Tensor, " residue"]
 ) -> Float[Tensor, "residue residue"]:
-    """The mean over layers of the mean over heads; every layer has as many heads."""
-    segments = torch.ones_like(tokens)
-    layers = [
-        contacts_from_attention(weights[0][:, residues][:, :, residues].float().cpu())
-        for weights in model.encoder.attention_maps(tokens[None], segments[None])
-    ]
-    return torch.stack(layers).mean(dim=0)
+    """By the contact head, or the mean over layers of the mean over heads; every layer has as many heads."""
+    maps = (
+        weights[0][:, residues][:, :, residues].float()
+        for weights in model.encoder.attention_maps(tokens[None], torch.ones_like(tokens)[None])
+    )
+    if model.contact_head is not None:
+        contacts: Tensor = model.contact_head(maps)
+        return contacts.cpu()
+    return unit_scale(torch.stack([contacts_from_attention(of_layer.cpu()) for of_layer in maps]).mean(dim=0))
 
 
 def _jacobian_scores(

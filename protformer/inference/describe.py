@@ -79,7 +79,7 @@ def _describe_split(path: Path) -> Facts:
 def _describe_model(path: Path) -> Facts:
     description = read_description(path)
     model, training = description.model, description.training
-    return {
+    facts: Facts = {
         "kind": "model",
         "attention": model.attention.kind,
         "direction": model.direction,
@@ -93,6 +93,7 @@ def _describe_model(path: Path) -> Facts:
         "tokens_seen": training.tokens_seen,
         "protformer_version": description.protformer_version,
     }
+    return facts | ({"converted_from": description.converted_from} if description.converted_from else {})
 
 
 def _describe_run(path: Path) -> Facts:

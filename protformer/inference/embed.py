@@ -83,7 +83,7 @@ def embed(
         hidden: dict[int, Tensor] = {}
         pieces, owner = _windows(chunk, limit)
         batches = length_sorted_batches(
-            pieces, max_tokens=batch_tokens, direction=session.model.config.direction, device=session.device
+            pieces, max_tokens=batch_tokens, model=session.model.config, device=session.device
         )
         for batch in batches:
             with session.autocast():

@@ -27,6 +27,7 @@ def score_masked_lm(
 
     Raises InputError if no residue is selected, as in a file of a few very short proteins.
     """
+    session.require_lm_head("evaluate masked-lm")
     direction = session.model.config.direction
     if direction == "unidirectional" and masking != "mask":
         raise ConfigError(
@@ -35,7 +36,7 @@ def score_masked_lm(
     scheme = None if masking == "mask" else MaskingConfig(rate=EVALUATION_RATE, scheme=masking)
     batches = masked_batches(
         records,
-        direction=direction,
+        model=session.model.config,
         rate=EVALUATION_RATE,
         training_masking=scheme,
         max_tokens=batch_tokens,

@@ -13,6 +13,7 @@ import torch
 from protformer import __version__
 from protformer.checkpoint import load_model
 from protformer.device import choose_device, choose_precision
+from protformer.errors import InputError
 from protformer.model.masked_lm_head import ProteinLanguageModel
 from protformer.model_description import ModelDescription, find_model_folder, model_name, weights_sha256
 
@@ -31,6 +32,14 @@ class InferenceSession:
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def require_lm_head(self, what: str) -> None:
+        """Raise InputError if the model predicts no residues, which `what` needs."""
+        if not self.description.has_lm_head:
+            raise InputError(
+                f"{what}: this model has an untrained masked-LM head, as the weights it was converted from"
+                f" ({self.description.converted_from}) had none; train it on residues, or choose other weights"
+            )
 
 
 def open_session(path: Path, *, device: str, precision: str) -> InferenceSession:

@@ -1,4 +1,4 @@
-"""The encoder: token embedding, pre-LN blocks of rotary attention and a GELU feed-forward, a final LayerNorm.
+"""The encoder: token embedding, blocks of attention and a GELU feed-forward, LayerNorms, rotary positions.
 
 In: tokens and segments of a batch of rows. Out: hidden states. The kind of attention is a plug
 (`protformer.attention`); projections, rotary positions and dropout live here once for all kinds. The time is linear
@@ -9,7 +9,8 @@ Chen et al. 2016), of which only the inputs are kept.
 
 Source: pre-LN Transformer (Xiong et al. 2020), as in ESM-2 and in the released protein_lm; rotary positions (Su et
 al. 2021) instead of the paper's learned absolute ones, so that no longest length is built in; optional normalisation of
-queries and keys (Henry et al. 2020, with RMSNorm).
+queries and keys (Henry et al. 2020, with RMSNorm). For the weights of others, `ModelConfig` has the choices of ESM-1b,
+ESM-2 and BERT: post-LN, learned positions, a norm of the embedding, token dropout.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +27,12 @@ from protformer.alphabet import NUM_TOKENS, PAD
 from protformer.attention import build_attention
 from protformer.attention.sequence_group import SequenceGroup
 from protformer.config import ModelConfig
+from protformer.errors import ConfigError, InputError
 from protformer.model.rotary import positions_in_segments, rotary_angles, rotate, split_and_rotate
+from protformer.model.token_dropout import scale_visible
+
+Angles = tuple[Tensor, Tensor] | None
+"""Cosine and sine of rotary positions; None where positions are learned."""
 
 Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
@@ -50,8 +56,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(NUM_TOKENS, config.hidden_size, padding_idx=PAD)
+        learned = config.max_positions
+        self.position_embedding = None if learned is None else nn.Embedding(learned, config.hidden_size)
+        self.embedding_norm = _layer_norm(config) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, layer=layer, seed=seed) for layer in range(config.num_layers))
-        self.final_norm = nn.LayerNorm(config.hidden_size)
+        self.final_norm = _layer_norm(config) if config.norm == "pre" else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.group: SequenceGroup | None = None
 
@@ -123,30 +132,52 @@ class Encoder(nn.Module):
     def split_over(self, group: SequenceGroup | None) -> None:
         """From now on, rows are slices of windows whose other slices are on the other ranks of a group; None ends it.
 
-        Raises ConfigError if the kind of attention cannot do this.
+        Raises ConfigError if the kind of attention, or token dropout, cannot do this.
         """
+        if group is not None and self.config.token_dropout:
+            raise ConfigError("model.token_dropout: counts the masked tokens of whole rows, and rows are to be split")
         for block in self.blocks:
             assert isinstance(block, Block)
             block.attention.split_over(group)
         self.group = group
 
-    def _embed(self, tokens: Tensor, segments: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _embed(self, tokens: Tensor, segments: Tensor) -> tuple[Tensor, Angles]:
         positions = positions_in_segments(segments)
         if self.group is not None:
             window = self.group.window(segments)
             positions = positions + torch.where(window.came_before > 0, window.offsets[:, None], 0)
-        angles = rotary_angles(positions, self.config.head_dim)
-        return self.dropout(self.embedding(tokens)), angles
+        x = self.embedding(tokens)
+        if self.config.token_dropout:
+            x = scale_visible(x, tokens, segments)
+        if self.position_embedding is None:
+            angles: Angles = rotary_angles(positions, self.config.head_dim, self.config.rotary_rounding)
+        else:
+            angles = None
+            x = x + self.position_embedding(self._within_limit(positions, segments))
+        return self.dropout(self.embedding_norm(x)), angles
+
+    def _within_limit(self, positions: Tensor, segments: Tensor) -> Tensor:
+        """Positions, those of padding replaced by 0. Raises InputError if one has no learned embedding."""
+        limit = self.config.max_positions
+        assert limit is not None
+        positions = torch.where(segments > 0, positions, 0)
+        if (self.group is not None or positions.shape[1] > limit) and int(positions.max()) >= limit:
+            raise InputError(
+                f"a row of {int(positions.max()) + 1:,} tokens, special ones included: this model has learned positions"
+                f" for {limit:,} at most"
+            )
+        return positions
 
 
 class Block(nn.Module):
-    """x + Attention(LN(x)), then x + FeedForward(LN(x))."""
+    """x + Attention(LN(x)), then x + FeedForward(LN(x)); post-LN: LN(x + Attention(x)), LN(x + FeedForward(x))."""
 
     def __init__(self, config: ModelConfig, *, layer: int, seed: int) -> None:
         super().__init__()
         size = config.hidden_size
         self.num_heads = config.num_heads
-        self.attention_norm = nn.LayerNorm(size)
+        self.is_pre_norm = config.norm == "pre"
+        self.attention_norm = _layer_norm(config)
         self.query_key_value = nn.Linear(size, 3 * size)
         self.query_norm, self.key_norm = (
             nn.RMSNorm(config.head_dim) if config.qk_norm else nn.Identity() for _ in ("query", "key")
@@ -160,7 +191,7 @@ class Block(nn.Module):
             layer=layer,
         )
         self.attention_output = nn.Linear(size, size)
-        self.feed_forward_norm = nn.LayerNorm(size)
+        self.feed_forward_norm = _layer_norm(config)
         self.feed_forward_input = nn.Linear(size, config.feed_forward_size)
         self.feed_forward_output = nn.Linear(config.feed_forward_size, size)
         self.dropout = nn.Dropout(config.dropout)
@@ -175,7 +206,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch residue channel"],
-        angles: tuple[Tensor, Tensor],
+        angles: Angles,
         segments: Int[Tensor, "batch residue"],
         *,
         wanted: Bool[Tensor, "batch residue"] | None = None,
@@ -189,7 +220,7 @@ class Block(nn.Module):
         return computed
 
     def _compute(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], segments: Tensor, wanted: Tensor | None
+        self, x: Tensor, angles: Angles, segments: Tensor, wanted: Tensor | None
     ) -> Float[Tensor, "*place channel"]:
         attended = self.attention(*self.queries_keys_values(x, angles), segments).transpose(1, 2)
         if wanted is None:
@@ -213,31 +244,44 @@ class Block(nn.Module):
         return checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=self.dropout.p > 0)
 
     def queries_keys_values(
-        self, x: Float[Tensor, "batch residue channel"], angles: tuple[Tensor, Tensor]
+        self, x: Float[Tensor, "batch residue channel"], angles: Angles
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries, rotated keys and values, each (batch, head, residue, head_dim)."""
-        cosine, sine = angles
-        return in_blocks(lambda part: self._project(x[:, part], cosine[:, :, part], sine[:, :, part]), x, dim=2)
+        """Queries, keys and values, each (batch, head, residue, head_dim); the former two rotated by their angles."""
 
-    def _project(
-        self,
-        x: Float[Tensor, "batch residue channel"],
-        cosine: Float[Tensor, "batch 1 residue pair"],
-        sine: Float[Tensor, "batch 1 residue pair"],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        projected = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1))
-        if isinstance(self.query_norm, nn.Identity) and not torch.compiler.is_compiling():
-            return split_and_rotate(projected, cosine, sine)
+        def project(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+            turn = None if angles is None else (angles[0][:, :, part], angles[1][:, :, part])
+            return self._project(x[:, part], turn)
+
+        return in_blocks(project, x, dim=2)
+
+    def _project(self, x: Float[Tensor, "batch residue channel"], angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        projected = self.query_key_value(self.attention_norm(x) if self.is_pre_norm else x)
+        projected = projected.unflatten(-1, (3, self.num_heads, -1))
+        if angles is not None and isinstance(self.query_norm, nn.Identity) and not torch.compiler.is_compiling():
+            return split_and_rotate(projected, *angles)
         q, k, v = projected.permute(2, 0, 3, 1, 4)
-        return rotate(self.query_norm(q), cosine, sine), rotate(self.key_norm(k), cosine, sine), v
+        q, k = self.query_norm(q), self.key_norm(k)
+        return (q, k, v) if angles is None else (rotate(q, *angles), rotate(k, *angles), v)
 
     def _after_attention(
         self, x: Float[Tensor, "batch residue channel"], attended: Float[Tensor, "batch residue channel"]
     ) -> Float[Tensor, "batch residue channel"]:
         x = x + self.dropout(self.attention_output(attended))
-        inner = F.gelu(self.feed_forward_input(self.feed_forward_norm(x)))
-        fed_forward: Tensor = x + self.dropout(self.feed_forward_output(inner))
-        return fed_forward
+        fed: Tensor
+        if self.is_pre_norm:
+            fed = x + self._feed_forward(self.feed_forward_norm(x))
+        else:
+            x = self.attention_norm(x)
+            fed = self.feed_forward_norm(x + self._feed_forward(x))
+        return fed
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        fed: Tensor = self.dropout(self.feed_forward_output(F.gelu(self.feed_forward_input(x))))
+        return fed
+
+
+def _layer_norm(config: ModelConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
 
 
 def in_blocks(compute: Callable[[slice], Tensors], x: Float[Tensor, "batch residue channel"], *, dim: int) -> Tensors:

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from protformer.alphabet import NUM_TOKENS
 from protformer.config import ModelConfig
+from protformer.model.contact_head import ContactHead
 from protformer.model.encoder import Encoder, initialize_weights
 
 
 class MaskedLmHead(nn.Module):
     """Logits from hidden states, with the token embedding as the last matrix."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, *, norm_epsilon: float) -> None:
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=norm_epsilon)
         self.bias = nn.Parameter(torch.zeros(NUM_TOKENS))
 
     def forward(
@@ -31,13 +32,16 @@ class MaskedLmHead(nn.Module):
 
 
 class ProteinLanguageModel(nn.Module):
-    """Encoder and head: what a model folder holds."""
+    """Encoder and heads: what a model folder holds."""
 
     def __init__(self, config: ModelConfig, *, seed: int) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config, seed=seed)
-        self.head = MaskedLmHead(config.hidden_size)
+        self.head = MaskedLmHead(config.hidden_size, norm_epsilon=config.norm_epsilon)
+        self.contact_head = (
+            ContactHead(num_layers=config.num_layers, num_heads=config.num_heads) if config.contact_head else None
+        )
         initialize_weights(self, num_layers=config.num_layers)
 
     @torch.no_grad()

@@ -12,15 +12,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from protformer.config import RotaryRounding
+
 BASE = 10_000.0
 
 
+def rotary_frequencies(head_dim: int, rounding: RotaryRounding) -> Float[Tensor, " pair"]:
+    """Radians a position, for each channel pair; float32 numbers, of which ESM-2's are rounded to float16."""
+    frequencies = 1.0 / BASE ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    return frequencies.half().float() if rounding == "float16" else frequencies
+
+
 def rotary_angles(
-    positions: Int[Tensor, "batch residue"], head_dim: int
+    positions: Int[Tensor, "batch residue"], head_dim: int, rounding: RotaryRounding = "float32"
 ) -> tuple[Float[Tensor, "batch 1 residue pair"], Float[Tensor, "batch 1 residue pair"]]:
     """Cosine and sine of the angle of every position and channel pair, in float32."""
-    channel = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[:, None, :, None].float() * BASE ** (-channel / head_dim)
+    frequencies = rotary_frequencies(head_dim, rounding).to(positions.device)
+    angles = positions[:, None, :, None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
