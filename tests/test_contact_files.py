@@ -131,7 +131,7 @@ def test_rr_begins_as_casp_wants_it_with_each_chain_in_lines_of_50_residues(tmp_
     header, sequence_lines, _ = read_rr(path, chosen)
     assert header[0] == "PFRMAT RR"
     assert [line.split(" ")[0] for line in header] == ["PFRMAT", "TARGET", "AUTHOR", "METHOD", "MODEL"]
-    assert header[1] == f"TARGET {path.stem}"
+    assert header[1] == f"TARGET {'__'.join(chosen.chain_ids) if chosen.id.isascii() else path.stem}"
     expected = []
     for start, length in zip(chain_starts(chosen), chosen.chain_lengths, strict=False):
         chain = chosen.sequence[start : start + length]

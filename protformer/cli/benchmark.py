@@ -109,6 +109,8 @@ def attention(heads: int, head_dim: int, num_features: int, **choices: Any) -> N
 def model(config: str | None, model_path: Path | None, **choices: Any) -> None:
     """Time and peak memory of a whole model against length, with each kind of attention.
 
+    Give either --config or --model: it sets the sizes.
+
     The line `identity` is the same model with an attention that returns its values: what everything else costs.
     Weights are random; dropout is off.
     """
@@ -166,6 +168,10 @@ def approximation(
     Without --model: error of the attention output against the number of features, for each estimator, and error of
     the hidden states through 12 layers of random weights. With --model: for each layer, whether its attention is of a
     kind that random features can estimate, whatever attention the model has.
+
+    In the names of estimators: `iid` are independent random projections, `orthogonal` those orthogonal in blocks; `chi`
+    draws their norms as independent ones have them, `sqrt_d` makes all norms sqrt(head_dim). With --model, effective
+    features are how many of the features carry the estimate: near 1, a single one decides.
     """
     if model_path is not None:
         _report_readiness(model_path, counts, fasta, num_proteins, device, as_json, plot, quiet)

@@ -36,7 +36,7 @@ def cost_tables(rows: Sequence[Row], rates: Mapping[str, float], title: str) -> 
     found = [f"Matrix products: {', '.join(f'{rate / 1e9:,.0f} GFLOP/s in {dtype}' for dtype, rate in rates.items())}"]
     found += [_crossover_line(crossing) for crossing in crossovers(rows)]
     found += [
-        f"{' '.join(series)}: time a residue at the longest is {ratio:.2f} times that at the shortest"
+        f"{' '.join(series)}: time a residue grows {ratio:.2f}-fold from the shortest to the longest"
         for series, ratio in scaling(rows).items()
     ]
     return [table, *found]

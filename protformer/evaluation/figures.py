@@ -61,7 +61,9 @@ def plot_contact_map(
     )
     _mark_chains(axes, chain_lengths, chain_ids)
     # Ids are no mathematics, whatever `$` they hold.
-    axes.set_title(_shortened(title, _MAX_TITLE_LETTERS), fontsize=10, color=INK, parse_math=False)
+    lines = [title] if len(title) <= _MAX_TITLE_LETTERS else chain_ids  # a line for each of a pair
+    title = "\n".join(_shortened(line, _MAX_TITLE_LETTERS) for line in lines)
+    axes.set_title(title, fontsize=10, color=INK, parse_math=False)
     bar = figure.colorbar(image, cax=axes.inset_axes((1.03, 0.0, 0.046, 1.0)))
     bar.set_label("Contact score", color=INK)
     bar.ax.tick_params(labelsize=8, colors=INK)

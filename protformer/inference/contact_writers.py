@@ -112,7 +112,7 @@ def _write_rr(contact_map: ContactMap, path: Path) -> None:
     rows, columns = np.triu_indices(len(names), k=1)
     scores = contact_map.contacts[rows, columns]
     with path.open("w", encoding="ascii", newline="\n") as file:
-        file.write(f"PFRMAT RR\nTARGET {file_stem(contact_map.chain_ids)}\nAUTHOR protformer\n")
+        file.write(f"PFRMAT RR\nTARGET {_target(contact_map)}\nAUTHOR protformer\n")
         file.write(f"METHOD protformer {__version__}; scores rank the pairs and are no probabilities\nMODEL 1\n")
         for chain in _chain_sequences(contact_map):
             file.writelines(f"{chain[at : at + _RR_LINE_RESIDUES]}\n" for at in range(0, len(chain), _RR_LINE_RESIDUES))
@@ -120,6 +120,12 @@ def _write_rr(contact_map: ContactMap, path: Path) -> None:
             i, j = names[rows[pair]], names[columns[pair]]
             file.write(f"{i} {j} 0 {_CONTACT_ANGSTROM} {scores[pair]:.6f}\n")
         file.write("END\n")
+
+
+def _target(contact_map: ContactMap) -> str:
+    """The ids as they are, or escaped if CASP's format, which is ASCII, cannot hold them."""
+    target = "__".join(contact_map.chain_ids)
+    return target if target.isascii() else file_stem(contact_map.chain_ids)
 
 
 def _write_csv(contact_map: ContactMap, path: Path) -> None:

@@ -69,11 +69,15 @@ def _describe_split(path: Path) -> Facts:
     facts: Facts = {"kind": "split"}
     for name, value in manifest.items():
         if isinstance(value, dict):
-            names = {key: re.sub("'s|[^a-z' ]", "", key).replace(" ", "_") for key in value}
-            facts |= {f"{name}_{names[key]}": item for key, item in value.items()}
+            facts |= {f"{name}_{_as_name(key)}": item for key, item in value.items()}
         elif value not in (None, []) and name != "format_version":
             facts[name] = value
     return facts
+
+
+def _as_name(words: str) -> str:
+    """`similar_to_another_side` for "similar to another side's"."""
+    return re.sub(r"'s\b|[^\w ]", "", words).replace(" ", "_")
 
 
 def _describe_model(path: Path) -> Facts:
