@@ -5,13 +5,11 @@ that was stopped or killed goes on from its last checkpoint with the very number
 """
 
 import logging
-import math
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +30,8 @@ from protformer.device import (
     memory_refused_in_time,
     peak_memory_gb,
 )
-from protformer.errors import ConfigError, InputError, InterruptedRunError
-from protformer.evaluation.masked_lm import MaskedLmScores, score_units, summarize_units
+from protformer.errors import ConfigError, InterruptedRunError
+from protformer.evaluation.masked_lm import MaskedLmScores
 from protformer.model.masked_lm_head import ProteinLanguageModel
 from protformer.model_description import ModelDescription, TrainingProvenance
 from protformer.training.callbacks import (
@@ -57,18 +55,17 @@ from protformer.training.masked_lm import MaskedLmTask
 from protformer.training.metric_sinks import open_metric_sinks
 from protformer.training.metrics_log import MetricsLog
 from protformer.training.micro_batches import MicroBatches
-from protformer.training.nonfinite import NonFiniteSteps, find_nonfinite
+from protformer.training.nonfinite import NonFiniteSteps
 from protformer.training.ranks import (
     RankLayout,
     build_strategy,
     cluster_environment,
-    gather_over_ranks,
     losses_of_ranks_told,
-    whole_windows,
 )
 from protformer.training.readiness_log import MAX_PROTEINS, ReadinessLog
 from protformer.training.run_folder import RunFolder, StorePaths
 from protformer.training.status_file import StatusFile
+from protformer.training.validation import validate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,7 +238,7 @@ def _build_callbacks(
         log_every_steps=training.log_every_steps,
         validate_every_steps=training.validate_every_steps,
         gradients=nonfinite,
-        validate=partial(_validate, datamodule, frequencies, stop),
+        validate=partial(validate, datamodule, frequencies, stop),
         redraw_curves=partial(draw_curves, run),
         sinks=open_metric_sinks(config, run, asdict(config)),
     )
@@ -362,41 +359,6 @@ def _residue_counts(corpus: Corpus) -> list[int]:
     """How often each token occurs in the training stores, however often they are drawn from."""
     counts = zip(*(store.manifest.residue_counts for store in corpus.stores), strict=True)
     return [sum(numbers) for numbers in counts]
-
-
-def _validate(
-    datamodule: ProteinDataModule,
-    frequencies: torch.Tensor,
-    stop: StopRequest,
-    trainer: pl.Trainer,
-    task: MaskedLmTask,
-    may_give_up: bool,
-) -> dict[str, MaskedLmScores] | None:
-    """Scores of each set; None if the run is to stop, which may not wait for minutes of validation."""
-    scores: dict[str, MaskedLmScores] = {}
-    gives_up = may_give_up and trainer.world_size == 1
-    task.model.eval()
-    with whole_windows(task.model), trainer.strategy.precision_plugin.forward_context():
-        for name in datamodule.validation_sets:
-            batches = datamodule.validation_batches(name, rank=trainer.global_rank, num_ranks=trainer.world_size)
-            unless_stopped = takewhile(lambda batch: not (gives_up and stop.signal_name), batches)
-            on_device = (batch.to(task.device) for batch in unless_stopped)
-            of_ranks = gather_over_ranks(score_units(task.model, on_device, frequencies))
-            of_set = summarize_units(torch.cat(of_ranks))
-            if of_set is not None:
-                scores[name] = of_set
-    task.model.train()
-    if gives_up and stop.signal_name:
-        return None
-    for name, of_set in scores.items():
-        if not math.isfinite(of_set.loss):
-            batches = (batch.to(task.device) for batch in datamodule.validation_batches(name, rank=0, num_ranks=1))
-            origin = find_nonfinite(task.model, batches, trainer.strategy.precision_plugin.forward_context)
-            raise InputError(
-                f"step {trainer.global_step}: validation gave a loss that is not finite, the run has diverged:"
-                f" {origin}; the last checkpoint before is kept; begin another run with a lower training.learning_rate"
-            )
-    return scores
 
 
 @contextmanager

@@ -1,0 +1,54 @@
+"""Scores of a model in training on its held-out proteins, which the processes of the run share.
+
+In: the sets of held-out proteins. Out: scores of each, the same in all processes, from whatever process a protein went
+through.
+"""
+
+import math
+from itertools import takewhile
+
+import lightning.pytorch as pl
+import torch
+
+from protformer.errors import InputError
+from protformer.evaluation.masked_lm import MaskedLmScores, score_units, summarize_units
+from protformer.training.callbacks import StopRequest
+from protformer.training.datamodule import ProteinDataModule
+from protformer.training.masked_lm import MaskedLmTask
+from protformer.training.nonfinite import find_nonfinite
+from protformer.training.ranks import gather_over_ranks, whole_windows
+
+
+def validate(
+    datamodule: ProteinDataModule,
+    frequencies: torch.Tensor,
+    stop: StopRequest,
+    trainer: pl.Trainer,
+    task: MaskedLmTask,
+    may_give_up: bool,
+) -> dict[str, MaskedLmScores] | None:
+    """Scores of each set; None if the run is to stop, which may not wait for minutes of validation."""
+    scores: dict[str, MaskedLmScores] = {}
+    gives_up = may_give_up and trainer.world_size == 1
+    task.model.eval()
+    with whole_windows(task.model), trainer.strategy.precision_plugin.forward_context():
+        for name in datamodule.validation_sets:
+            batches = datamodule.validation_batches(name, rank=trainer.global_rank, num_ranks=trainer.world_size)
+            unless_stopped = takewhile(lambda batch: not (gives_up and stop.signal_name), batches)
+            on_device = (batch.to(task.device) for batch in unless_stopped)
+            of_ranks = gather_over_ranks(score_units(task.model, on_device, frequencies))
+            of_set = summarize_units(torch.cat(of_ranks))
+            if of_set is not None:
+                scores[name] = of_set
+    task.model.train()
+    if gives_up and stop.signal_name:
+        return None
+    for name, of_set in scores.items():
+        if not math.isfinite(of_set.loss):
+            batches = (batch.to(task.device) for batch in datamodule.validation_batches(name, rank=0, num_ranks=1))
+            origin = find_nonfinite(task.model, batches, trainer.strategy.precision_plugin.forward_context)
+            raise InputError(
+                f"step {trainer.global_step}: validation gave a loss that is not finite, the run has diverged:"
+                f" {origin}; the last checkpoint before is kept; begin another run with a lower training.learning_rate"
+            )
+    return scores
