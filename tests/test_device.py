@@ -1,5 +1,7 @@
-"""Threads: each task in one of its own, with its share of torch's threads, and nothing changed behind them."""
+"""Each task has a thread and its share of torch's threads, and nothing is changed behind them; memory is used again."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -35,3 +37,23 @@ def test_an_error_in_a_thread_is_raised_when_all_have_ended() -> None:
     with pytest.raises(MemoryError, match="no room"):
         in_threads([fail, lambda: ended.append(True)])
     assert ended == [True]
+
+
+PAGES_TOUCHED = """
+import resource, torch
+from protformer.device import keep_freed_memory
+
+keep_freed_memory(torch.device("cpu"))
+for repeat in range(60):
+    if repeat == 40:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone clears its arrays page by page")
+def test_large_arrays_take_up_memory_that_was_freed_before() -> None:
+    command = [sys.executable, "-c", PAGES_TOUCHED]
+    touched = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert touched < 80_000  # twenty times 64 MiB are 330,000 pages of 4 KiB; glibc takes some repeats to settle

@@ -26,6 +26,7 @@ from protformer.corpus.token_store import TokenStore
 from protformer.device import (
     choose_device,
     choose_precision,
+    keep_freed_memory,
     make_deterministic,
     memory_refused_in_time,
     peak_memory_gb,
@@ -108,6 +109,7 @@ def train(
     ranks = RankLayout(num_ranks=devices * num_nodes, context_parallel=config.training.context_parallel)
     step_rows = rows_per_step(config, ranks)
     make_deterministic()
+    keep_freed_memory(torch_device)
     corpus, validation_sets = open_corpus(run.load_stores())
     counts = _residue_counts(corpus)
     torch.manual_seed(config.seed)
