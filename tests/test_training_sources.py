@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from small_runs import arguments, assert_same_run, fails_with, metrics, weights
 from small_stores import write_fasta
-from test_training import arguments, assert_same_run, fails_with, metrics, weights
 
 from protformer.cli import run
 from protformer.inference.describe import describe
