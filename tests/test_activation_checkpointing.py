@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_training import SETTINGS, arguments, weights
+from small_runs import SETTINGS, arguments, weights
 from test_training import fasta as fasta  # the module's fixture
 
 from protformer.alphabet import FIRST_RESIDUE, LAST_RESIDUE

@@ -13,6 +13,7 @@ from protformer.corpus.packing import build_packing
 from protformer.corpus.row_stream import SamplerPosition
 from protformer.corpus.sampling import Corpus
 from protformer.training.datamodule import BatchStream
+from protformer.training.ranks import RankLayout
 
 # A machine for tests may have fewer cores than workers.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -40,7 +41,7 @@ def stream(store, config, *, batch_rows=2, start=None, num_batches=0, rank=0, nu
         start=start or SamplerPosition(),
         num_batches=num_batches,
         rank=rank,
-        num_ranks=num_ranks,
+        ranks=RankLayout(num_ranks=num_ranks, context_parallel=1),
     )
 
 

@@ -17,9 +17,10 @@ from protformer.config import ModelConfig
 from protformer.errors import OutputError
 from protformer.evaluation.masked_lm import MaskedBatch
 from protformer.model.masked_lm_head import ProteinLanguageModel
-from protformer.training import callbacks, fit
+from protformer.training import callbacks, fit, validation
 from protformer.training.callbacks import StopRequest
 from protformer.training.masked_lm import MaskedLmTask
+from protformer.training.micro_batches import MicroBatches
 from protformer.training.nonfinite import find_nonfinite
 from protformer.whole_file import write_whole
 
@@ -40,18 +41,25 @@ def undisturbed(fasta, tmp_path_factory):
 
 @pytest.fixture
 def faulty_batches(monkeypatch):
-    """Numbers of batches, two a step, whose loss is no number."""
+    """Numbers of batches, one a step, whose loss is no number."""
     numbers: set[int] = set()
-    honest = MaskedLmTask.training_step
+    honest_step, honest_backward = MaskedLmTask.training_step, MicroBatches.backward
+    latest: list[int] = []
 
     def training_step(self, batch, batch_idx):
-        loss = honest(self, batch, batch_idx)
-        if batch.number not in numbers:
-            return loss
-        self.last_loss_sum = self.last_loss_sum * float("nan")
-        return loss * float("nan")
+        latest[:] = [batch.number]
+        honest_step(self, batch, batch_idx)
+
+    def backward(self, model, batch, *, num_asked):
+        loss_sum = honest_backward(self, model, batch, num_asked=num_asked)
+        if latest[0] not in numbers:
+            return loss_sum
+        for parameter in model.parameters():
+            parameter.grad *= float("nan")
+        return loss_sum * float("nan")
 
     monkeypatch.setattr(MaskedLmTask, "training_step", training_step)
+    monkeypatch.setattr(MicroBatches, "backward", backward)
     return numbers
 
 
@@ -64,7 +72,7 @@ def optimizer_state(out):
 def test_a_step_without_a_finite_gradient_changes_neither_weights_nor_optimizer_and_is_counted(
     fasta, undisturbed, tmp_path, faulty_batches
 ):
-    faulty_batches.update({5, 12})
+    faulty_batches.update({3, 6})
     parts, whole = tmp_path / "parts", tmp_path / "whole"
     assert run(arguments(fasta, parts, "--max-steps", 2, **SMALL)) == 0
     weights_before, optimizer_before = weights(parts), optimizer_state(parts)
@@ -84,7 +92,7 @@ def test_too_many_such_steps_in_a_row_end_the_run_with_a_diagnosis_and_the_state
 ):
     out = tmp_path / "run"
     command = arguments(fasta, out, training__max_skipped_steps=2, training__checkpoint_every_steps=100, **SMALL)
-    faulty_batches.update(range(7, 13))
+    faulty_batches.update({4, 5, 6})
     message = fails_with(capsys, command)
     assert message.startswith("error: step 5: 2 steps in a row (training.max_skipped_steps) had no finite gradient")
     for part in ("every layer gave finite numbers when asked again", "loss nan", "gradient norm nan", "learning rate"):
@@ -164,7 +172,7 @@ def test_a_stop_signal_does_not_wait_for_validation_and_the_resumed_run_makes_up
     fasta, undisturbed, tmp_path, monkeypatch
 ):
     out = tmp_path / "run"
-    honest, calls = fit.evaluate_masked_lm, []
+    honest, calls = validation.score_units, []
 
     def interrupted(model, batches, frequencies):
         if not calls:
@@ -173,7 +181,7 @@ def test_a_stop_signal_does_not_wait_for_validation_and_the_resumed_run_makes_up
         return honest(model, iter(()), frequencies)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "evaluate_masked_lm", interrupted)
+        patch.setattr(validation, "score_units", interrupted)
         assert run(arguments(fasta, out, **SMALL)) == 130
     assert calls == [0]
     assert [row["step"] for row in metrics(out)] == ["1", "2", "3"]

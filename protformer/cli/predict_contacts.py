@@ -88,7 +88,9 @@ def command(
     from protformer.inference.contact_writers import contact_paths, write_contacts
     from protformer.inference.contacts import chains_of_pairs, only_named, predict_contacts
     from protformer.inference.session import open_session
+    from protformer.model_description import find_model_folder
 
+    find_model_folder(model_path)
     if fasta != "-" and pairs is None and not ids:  # told before there is a folder
         next(read_proteins(fasta, on_duplicate="allow", report=FastaReport()))
     session = open_session(model_path, device=device, precision=precision)
