@@ -24,7 +24,7 @@ from protformer.evaluation.masked_lm import MaskedBatch, masked_lm_loss_sum
 from protformer.model.masked_lm_head import ProteinLanguageModel
 
 CPU_TOKENS_AT_ONCE = 16_384
-"""More make no CPU faster; a GPU takes what fits."""
+"""Twice as many are 5 % faster on a CPU, in twice the memory; a GPU takes what fits."""
 
 
 class MicroBatches:
