@@ -151,19 +151,7 @@ def train(
             f"stopped by {callbacks.stop.signal_name} after step {trainer.global_step}; the state is saved in"
             f" {run.checkpoint}; add --resume to go on"
         )
-    metrics = callbacks.metrics
-    return RunSummary(
-        steps=trainer.global_step,
-        tokens_seen=metrics.tokens_seen,
-        residues_seen=metrics.residues_seen,
-        fill_rate=metrics.tokens_seen / (trainer.global_step * config.training.tokens_per_step),
-        scores=metrics.scores,
-        skipped_steps=metrics.gradients.skipped_steps,
-        seconds=metrics.seconds_trained,
-        residues_per_second=metrics.residues_per_second,
-        peak_memory_gb=peak_memory_gb(torch_device),
-        model_folder=run.model,
-    )
+    return _summarize(config, run, callbacks.metrics, steps=trainer.global_step, device=torch_device)
 
 
 def _build_model(config: RunConfig, counts: list[int], initial: InitialWeights | None) -> ProteinLanguageModel:
@@ -281,6 +269,23 @@ def rows_per_step(config: RunConfig, ranks: RankLayout) -> int:
             f"training.accumulate_batches: {parts} parts of a step, but a device has only {rows} rows of it"
         )
     return rows
+
+
+def _summarize(
+    config: RunConfig, run: RunFolder, metrics: MetricsLog, *, steps: int, device: torch.device
+) -> RunSummary:
+    return RunSummary(
+        steps=steps,
+        tokens_seen=metrics.tokens_seen,
+        residues_seen=metrics.residues_seen,
+        fill_rate=metrics.tokens_seen / (steps * config.training.tokens_per_step),
+        scores=metrics.scores,
+        skipped_steps=metrics.gradients.skipped_steps,
+        seconds=metrics.seconds_trained,
+        residues_per_second=metrics.residues_per_second,
+        peak_memory_gb=peak_memory_gb(device),
+        model_folder=run.model,
+    )
 
 
 def _build_trainer(
