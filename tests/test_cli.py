@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from small_model import write_model
@@ -194,6 +195,7 @@ def test_sigterm_is_an_interruption_told_in_one_line():
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdin.write(b">a\n" + b"MKV\n" * 200_000)  # all but a pipe's buffer of it was read when this returns
         process.stdin.flush()
+        time.sleep(1.0)  # the rest is read too, and the command waits for more
         process.terminate()
         process.wait(timeout=60)
         assert process.stderr.read().strip() == b"error: interrupted"
