@@ -13,7 +13,7 @@ import reference
 import torch
 from torch import Tensor
 
-from protformer.attention import ATTENTION_KINDS, build_attention, head_shares
+from protformer.attention import ATTENTION_KINDS, build_attention, head_shares, pieces
 from protformer.attention.interface import Attention
 from protformer.attention.linear_kind import LinearAttention
 from protformer.config import AttentionConfig, ExactConfig, FavorConfig, GeneralizedConfig
@@ -95,7 +95,7 @@ def one_segment(length: int, batch: int = 1) -> Tensor:
     return torch.ones(batch, length, dtype=torch.int64)
 
 
-# Blocks inside the linear kinds have 64 and 128 residues; these cross their borders in every way.
+# Tiles of causal kinds have 64 residues; these cross their borders in every way.
 LAYOUTS: dict[str, Tensor] = {
     "one residue": segments_of(1),
     "one protein": segments_of(300),
@@ -150,6 +150,28 @@ def test_heads_shared_out_among_threads_give_the_same(name: str, causal: bool, m
     results[1].append(output)
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, **FLOAT32)
+
+
+@pytest.mark.parametrize("name", LINEAR_NAMES)
+@over_directions
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_several_blocks_give_the_same_as_one(
+    name: str, causal: bool, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 128 residues, which in causal kinds are two tiles; large keys are computed carefully in one and not the other."""
+    attention, segments = build(name, causal), one_segment(300)
+    growing = torch.linspace(0.1, scale, 300, dtype=torch.float64)[:, None]
+    results = []
+    for residues in (None, 128):
+        if residues is not None:
+            features = attention.feature_map(HEAD_DIM, torch.float64).num_features * NUM_HEADS
+            monkeypatch.setitem(pieces.NUM_FEATURES_AT_ONCE, "cpu", residues * features)
+        q, k, v = draw(300, dtype=torch.float64)
+        inputs = [x.requires_grad_() for x in (q, growing * k, v)]
+        output = attention(*inputs, segments)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    for one, several in zip(*results, strict=True):
+        torch.testing.assert_close(several, one, **FLOAT64)
 
 
 @over_kinds

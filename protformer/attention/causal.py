@@ -1,11 +1,12 @@
 """Causal linear attention in blocks, and the same one residue at a time.
 
-In and out as in `linear`, except that a query attends to itself and the keys before it. A loop over blocks of residues
-carries S, the sum of phi(k_j) [v_j, 1] over all keys before the block, and takes the pairs inside a block explicitly
-(Choromanski et al. 2021, section 2.5.1). Time is linear in the residues; memory beyond q, k, v, the output and one
-number a query is that of some blocks. The backward pass computes all features again, and keeps no states: a sweep
-forward has S for the gradients of queries, a sweep backward has the gradient of S for those of keys and values. With
-P = phi(Q) and F = phi(K) of a block, G as in `linear`, and the lower triangles of P F^T and G [V, 1]^T,
+In and out as in `linear`, except that a query attends to itself and the keys before it. A loop over tiles of residues
+carries S, the sum of phi(k_j) [v_j, 1] over all keys before the tile, and takes the pairs inside a tile explicitly
+(Choromanski et al. 2021, section 2.5.1). All else is computed for a block of several tiles at once. Time is linear in
+the residues; memory beyond q, k, v, the output and one number a query is that of some blocks. The backward pass
+computes all features again, and keeps no states: a sweep forward has S for the gradients of queries, a sweep backward
+has the gradient of S for those of keys and values. With P = phi(Q) and F = phi(K) of a tile, G as in `linear`, and the
+lower triangles of P F^T and G [V, 1]^T,
 
     A = tril(P F^T)       B = tril(G [V, 1]^T)
     dP = G S^T + B F      dF = [V, 1] dS^T + B^T P      d[V, 1] = F dS + A^T G      dS += P^T G
@@ -40,11 +41,11 @@ from protformer.attention.careful_causal import LARGEST_EXPONENT, CarefulBlock, 
 from protformer.attention.feature_maps import Block, ExponentialMap, FeatureMap, Reference
 from protformer.attention.head_shares import head_shares, largest_share
 from protformer.attention.interface import Heads, Segments
-from protformer.attention.pieces import Piece, block_ranges, lay_out
+from protformer.attention.pieces import Piece, block_ranges, block_residues, lay_out
 from protformer.device import in_threads
 
-CAUSAL_BLOCK_RESIDUES = 128
-"""A power of two. Larger blocks have more pairs a residue, smaller ones more steps, each of a fixed cost."""
+TILE_RESIDUES = 64
+"""Larger tiles have more pairs a residue, smaller ones more states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,18 +178,22 @@ def _rows(x: Tensor, entries: list[int], heads: slice) -> Tensor:
 class _CausalWork(BlockWork):
     """The sweeps over one piece.
 
-    `references` are those of each block, and at last those after the end; a block is computed carefully if the
-    next does not have the same.
+    Pairs are taken within the tiles of a block, and every tile has a state of its own. `references` are those of each
+    block, and at last those after the end; a block is computed carefully if the next does not have the same.
     """
 
     def __init__(self, q: Heads, k: Heads, v: Values, *, piece: Piece, feature_map: FeatureMap) -> None:
-        size = min(CAUSAL_BLOCK_RESIDUES, piece.num_residues)
+        size = block_residues(piece, num_features=q.shape[1] * feature_map.num_features, device=q.device)
+        self.tile = min(TILE_RESIDUES, piece.num_residues)
+        size = max(self.tile, size - size % self.tile)
         super().__init__(q, k, v, piece=piece, feature_map=feature_map, size=size)
-        self.ranges = block_ranges(piece.num_residues, size)
+        self.ranges = _tiled_ranges(piece.num_residues, size, self.tile)
         self.key_features, self.queries = torch.empty_like(self.buffer), torch.empty_like(self.buffer)
         self.last_matrices: tuple[Reference | None, Tensor | None, Tensor | None] | None = None
         self.past: tuple[State, Reference | None] | None = None
-        self.pairs, self.pairs_gradient = (self.buffer.new_empty((self.num_rows, size, size)) for _ in range(2))
+        num_tiles = self.num_rows * (size // self.tile)
+        self.pairs, self.pairs_gradient = (self.buffer.new_empty((num_tiles, self.tile, self.tile)) for _ in range(2))
+        self.states = self.buffer.new_empty((num_tiles, self.buffer.shape[2], self.values.shape[2]))
 
     def go_on_from(self, state: State, reference: Reference | None) -> None:
         """Let the segments have a past before their first residue here."""
@@ -202,13 +207,15 @@ class _CausalWork(BlockWork):
             key_features = self.feature_map.activate(products)
             query_features = self.feature_map.activate(self._query_products(references[-1], start, stop))
             values = self.load_values(start, stop)
-            sums = torch.bmm(query_features, state, out=self.sums[:, : stop - start])
-            sums.baddbmm_(self._pairs(query_features, key_features), values)
-            denominator = sums[..., -1:]
-            result = sums[..., :-1].div_(denominator)
             reference = references[-1]
             careful = self._careful(state, reference, start, stop) if exceeds else None
-            state = state.baddbmm_(key_features.transpose(1, 2), values)
+            sums, tiles = self.sums[:, : stop - start], (self._tiles(query_features), self._tiles(values))
+            states, state = self._states(state, key_features, values)
+            torch.bmm(tiles[0], states, out=self._tiles(sums)).baddbmm_(
+                self._pairs(query_features, key_features), tiles[1]
+            )
+            denominator = sums[..., -1:]
+            result = sums[..., :-1].div_(denominator)
             if careful is not None:
                 result = torch.where(careful.sees_exceeding, careful.output, result)
                 # Other rows, which may be of proteins before this one, must not change by a bit.
@@ -246,11 +253,12 @@ class _CausalWork(BlockWork):
             key_features = self.feature_map.activate(self._key_products(references[number], start, stop)[0])
             products = self._query_products(references[number], start, stop)
             values, sums_gradient = self.load_values(start, stop), self.sums_gradient(output, start, stop)
-            products_gradient = self.gradient_of_features(sums_gradient, state.transpose(1, 2))
-            products_gradient.baddbmm_(self._pairs_gradient(sums_gradient, values), key_features)
+            states, state = self._states(state, key_features, values)
+            products_gradient = self._gradient_of_features(
+                sums_gradient, states, self._pairs_gradient(sums_gradient, values), key_features
+            )
             self.feature_map.activate_with_gradient(products, products_gradient)
             self.put_query_gradients(gradient, products_gradient, start, stop)
-            state.baddbmm_(key_features.transpose(1, 2), values)
         return careful_states
 
     def _sweep_backward(
@@ -273,13 +281,13 @@ class _CausalWork(BlockWork):
             key_features = self.feature_map.activate(self.key_features[:, : stop - start].copy_(products))
             query_features = self.feature_map.activate(self._query_products(references[number], start, stop))
             values, sums_gradient = self.load_values(start, stop), self.sums_gradient(output, start, stop)
-            pairs = self._pairs(query_features, key_features)
-            pairs_gradient = self._pairs_gradient(sums_gradient, values)
-            products_gradient = self.gradient_of_features(values, state_gradient.transpose(1, 2))
-            products_gradient.baddbmm_(pairs_gradient.transpose(1, 2), query_features)
-            values_gradient = torch.bmm(key_features, state_gradient).baddbmm_(pairs.transpose(1, 2), sums_gradient)
+            pairs = self._pairs(query_features, key_features).transpose(1, 2)
+            pairs_gradient = self._pairs_gradient(sums_gradient, values).transpose(1, 2)
+            states, state_gradient = self._states(state_gradient, query_features, sums_gradient, backwards=True)
+            products_gradient = self._gradient_of_features(values, states, pairs_gradient, query_features)
+            values_gradient = torch.bmm(self._tiles(key_features), states)
+            values_gradient = values_gradient.baddbmm_(pairs, self._tiles(sums_gradient)).view_as(values)
             self.feature_map.activate_with_gradient(products, products_gradient)
-            state_gradient.baddbmm_(query_features.transpose(1, 2), sums_gradient)
             self.piece.put(gradients[2], start, stop, self.by_segment(values_gradient[..., :-1]))
             self.put_key_gradients(gradients[1], products_gradient, values_gradient, start, stop)
         return state_gradient
@@ -313,15 +321,43 @@ class _CausalWork(BlockWork):
             self.last_matrices = reference, of_keys, self.matrix(reference)
         return self.last_matrices[1:]
 
+    def _tiles(self, x: Float[Tensor, "row place channel"]) -> Float[Tensor, "tile place_in_tile channel"]:
+        return x.view(-1, min(self.tile, x.shape[1]), x.shape[2])
+
+    def _states(
+        self, state: State, left: Block, right: BlockSums, *, backwards: bool = False
+    ) -> tuple[Float[Tensor, "tile feature channel"], State]:
+        """The state before each tile, and that after all: S from F and [V, 1], or backwards dS from P and G."""
+        left_tiles, right_tiles = (self._tiles(x).unflatten(0, (self.num_rows, -1)) for x in (left, right))
+        num_tiles = left_tiles.shape[1]
+        states = self.states[: self.num_rows * num_tiles]
+        by_row = states.unflatten(0, (self.num_rows, num_tiles))
+        for tile in reversed(range(num_tiles)) if backwards else range(num_tiles):
+            by_row[:, tile] = state
+            state.baddbmm_(left_tiles[:, tile].transpose(1, 2), right_tiles[:, tile])
+        return states, state
+
     def _pairs(self, query_features: Block, key_features: Block) -> Tensor:
-        """A of the module's docstring."""
-        length = query_features.shape[1]
-        return torch.bmm(query_features, key_features.transpose(1, 2), out=self.pairs[:, :length, :length]).tril_()
+        """A of the module's docstring, of each tile."""
+        return self._lower_triangles(query_features, key_features, self.pairs)
 
     def _pairs_gradient(self, sums_gradient: BlockSums, values: BlockSums) -> Tensor:
-        """B of the module's docstring."""
-        length = values.shape[1]
-        return torch.bmm(sums_gradient, values.transpose(1, 2), out=self.pairs_gradient[:, :length, :length]).tril_()
+        """B of the module's docstring, of each tile."""
+        return self._lower_triangles(sums_gradient, values, self.pairs_gradient)
+
+    def _lower_triangles(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+        left, right = self._tiles(left), self._tiles(right)
+        tiles, length = left.shape[:2]
+        return torch.bmm(left, right.transpose(1, 2), out=out[:tiles, :length, :length]).tril_()
+
+    def _gradient_of_features(self, left: BlockSums, states: Tensor, pairs: Tensor, features: Block) -> Block:
+        """G S^T + B F, or [V, 1] dS^T + B^T P."""
+        assert self.gradient_buffer is not None
+        gradient = self.gradient_buffer[:, : left.shape[1]]
+        torch.bmm(self._tiles(left), states.transpose(1, 2), out=self._tiles(gradient)).baddbmm_(
+            pairs, self._tiles(features)
+        )
+        return gradient
 
     def _careful(self, state: State, reference: Reference | None, start: int, stop: int) -> CarefulBlock:
         return self._careful_with(self._careful_inputs(state, start, stop), reference, start)
@@ -360,6 +396,13 @@ class _CausalWork(BlockWork):
         for gradient, x in zip(gradients, found, strict=True):
             self.piece.put(gradient, start, stop, self.by_segment(x))
         return before
+
+
+def _tiled_ranges(num_residues: int, size: int, tile: int) -> list[tuple[int, int]]:
+    """Blocks of `size`, a multiple of `tile`, then what is left in single tiles, the last of which may be shorter."""
+    whole = num_residues - num_residues % size
+    rest = block_ranges(num_residues - whole, tile)
+    return [*block_ranges(whole, size), *((whole + start, whole + stop) for start, stop in rest)]
 
 
 def _features(x: Float[Tensor, "batch head 1 head_dim"], feature_map: FeatureMap) -> Float[Tensor, "row 1 feature"]:
