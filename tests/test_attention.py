@@ -158,7 +158,7 @@ def test_heads_shared_out_among_threads_give_the_same(name: str, causal: bool, m
 def test_several_blocks_give_the_same_as_one(
     name: str, causal: bool, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 128 residues, which in causal kinds are two tiles; large keys are computed carefully in one and not the other."""
+    """Of 128 residues, two tiles of causal kinds. Which blocks have keys too large for the usual way differs."""
     attention, segments = build(name, causal), one_segment(300)
     growing = torch.linspace(0.1, scale, 300, dtype=torch.float64)[:, None]
     results = []
