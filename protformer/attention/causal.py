@@ -250,7 +250,8 @@ class _CausalWork(BlockWork):
                 careful_states[number] = state
                 state = self._careful(state, references[number], start, stop).state
                 continue
-            key_features = self.feature_map.activate(self._key_products(references[number], start, stop)[0])
+            key_features = self.key_products(self._matrices(references[number])[0], start, stop)
+            self.feature_map.activate(key_features)
             products = self._query_products(references[number], start, stop)
             values, sums_gradient = self.load_values(start, stop), self.sums_gradient(output, start, stop)
             states, state = self._states(state, key_features, values)
@@ -277,8 +278,10 @@ class _CausalWork(BlockWork):
                     (state, state_gradient), references[number], output[2], gradients, start, stop
                 )
                 continue
-            products, _ = self._key_products(references[number], start, stop)
-            key_features = self.feature_map.activate(self.key_features[:, : stop - start].copy_(products))
+            products = self.key_products(self._matrices(references[number])[0], start, stop)
+            tells = self.feature_map.features_tell_gradient
+            key_features = products if tells else self.key_features[:, : stop - start].copy_(products)
+            self.feature_map.activate(key_features)
             query_features = self.feature_map.activate(self._query_products(references[number], start, stop))
             values, sums_gradient = self.load_values(start, stop), self.sums_gradient(output, start, stop)
             pairs = self._pairs(query_features, key_features).transpose(1, 2)
@@ -287,7 +290,10 @@ class _CausalWork(BlockWork):
             products_gradient = self._gradient_of_features(values, states, pairs_gradient, query_features)
             values_gradient = torch.bmm(self._tiles(key_features), states)
             values_gradient = values_gradient.baddbmm_(pairs, self._tiles(sums_gradient)).view_as(values)
-            self.feature_map.activate_with_gradient(products, products_gradient)
+            if tells:
+                self.feature_map.turn_gradient(key_features, products_gradient)
+            else:
+                self.feature_map.activate_with_gradient(products, products_gradient)
             self.piece.put(gradients[2], start, stop, self.by_segment(values_gradient[..., :-1]))
             self.put_key_gradients(gradients[1], products_gradient, values_gradient, start, stop)
         return state_gradient

@@ -60,6 +60,15 @@ class FeatureMap(ABC):
     def activate_with_gradient(self, block: Block, gradient: Block) -> None:
         """As `activate`, and turn the features' gradient into that of the products, in place too."""
 
+    @property
+    @abstractmethod
+    def features_tell_gradient(self) -> bool:
+        """Whether `turn_gradient` works; if not, `activate_with_gradient` needs the products."""
+
+    @abstractmethod
+    def turn_gradient(self, features: Block, gradient: Block) -> None:
+        """Turn the features' gradient into that of the products, in place."""
+
     @abstractmethod
     def pull_back(self, gradient: Block, out: InputsGradient) -> InputsGradient:
         """From the products' gradient to that of x, without what `norm_factor` gives."""
@@ -130,7 +139,14 @@ class ExponentialMap(FeatureMap):
         return block.exp_()
 
     def activate_with_gradient(self, block: Block, gradient: Block) -> None:
-        gradient.mul_(block.exp_())
+        self.turn_gradient(block.exp_(), gradient)
+
+    @property
+    def features_tell_gradient(self) -> bool:
+        return True
+
+    def turn_gradient(self, features: Block, gradient: Block) -> None:
+        gradient.mul_(features)
 
     def pull_back(self, gradient: Block, out: InputsGradient) -> InputsGradient:
         return torch.bmm(gradient, self.weight.expand(len(gradient), -1, -1), out=out)
@@ -188,7 +204,7 @@ class PointwiseMap(FeatureMap):
 
     def activate_with_gradient(self, block: Block, gradient: Block) -> None:
         if self.function == "relu":
-            torch.ops.aten.threshold_backward.grad_input(gradient, block, self.epsilon, grad_input=gradient)
+            self.turn_gradient(block, gradient)
         elif self.function == "sigmoid":
             gradient.mul_(block.sigmoid()).mul_(torch.sigmoid(-block))
         elif self.function == "abs":
@@ -198,6 +214,13 @@ class PointwiseMap(FeatureMap):
         else:
             gradient.copy_(torch.ops.aten.gelu_backward(gradient, block))
         self.activate(block)
+
+    @property
+    def features_tell_gradient(self) -> bool:
+        return self.function == "relu"
+
+    def turn_gradient(self, features: Block, gradient: Block) -> None:
+        torch.ops.aten.threshold_backward.grad_input(gradient, features, self.epsilon, grad_input=gradient)
 
     def pull_back(self, gradient: Block, out: InputsGradient) -> InputsGradient:
         if self.weight is None:
