@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -19,7 +20,7 @@ from small_runs import (
 )
 
 from protformer.cli import run
-from protformer.corpus.token_store import build_token_store
+from protformer.corpus.token_store import MANIFEST_FILE, build_token_store
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +207,30 @@ def test_a_resume_with_other_data_is_refused(fasta, undisturbed, tmp_path, capsy
     assert "a run goes on with the data it began with" in fails_with(
         capsys, [*arguments(other, undisturbed), "--resume"]
     )
+
+
+DAMAGES = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "flipped": lambda content: content.replace(content[len(content) // 2 :][:64], bytes(64)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_told_in_one_line_and_kept(fasta, undisturbed, tmp_path, capsys, damage):
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    checkpoint = out / "checkpoints" / "last.ckpt"
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    assert "last.ckpt: is damaged" in fails_with(capsys, [*arguments(fasta, out, "--max-steps", 9), "--resume"])
+    assert checkpoint.is_file()
+
+
+def test_a_resume_with_a_store_of_another_alphabet_is_refused(fasta, undisturbed, tmp_path, capsys):
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    manifest = out / "store" / MANIFEST_FILE
+    tree = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(tree | {"alphabet": "another"}))
+    assert "made with another alphabet" in fails_with(capsys, [*arguments(fasta, out), "--resume"])
 
 
 def test_bad_input_leaves_no_run_folder_behind(tmp_path, capsys):

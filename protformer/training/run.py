@@ -207,6 +207,7 @@ def _check_folder(run: RunFolder, *, resume: bool) -> bool:
         raise run.exists_already()
     if resume and not run.config.is_file() and not is_unstarted:
         raise InputError(f"{run.root}: no run to resume here (no config.yaml)")
+    run.refuse_damaged()
     return not run.config.is_file()
 
 

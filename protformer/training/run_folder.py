@@ -18,6 +18,7 @@ import csv
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 
 from protformer.corpus.store_manifest import SourceFile
 from protformer.corpus.token_store import MANIFEST_FILE
-from protformer.errors import OutputError
+from protformer.errors import InputError, OutputError
 from protformer.whole_file import write_whole
 
 METRIC_FIELDS = (
@@ -104,6 +105,21 @@ class RunFolder:
             raise OutputError(f"{self.root}: is a file; choose another --out")
         if self.checkpoint.exists():
             raise self.exists_already()
+
+    def refuse_damaged(self) -> None:
+        """Raise InputError if the checkpoint cannot be read from end to end: no run goes on from less than all of it."""
+        if not self.checkpoint.is_file():
+            return
+        try:
+            with zipfile.ZipFile(self.checkpoint) as file:
+                damaged = file.testzip() is not None
+        except (OSError, zipfile.BadZipFile):
+            damaged = True
+        if damaged:
+            raise InputError(
+                f"{self.checkpoint}: is damaged; put back a copy, or begin another run from the weights of the last save:"
+                f" --init-from {self.model}"
+            )
 
     def exists_already(self) -> OutputError:
         return OutputError(f"{self.root}: exists already; choose another --out, or add --resume to go on with it")
