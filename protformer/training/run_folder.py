@@ -107,7 +107,7 @@ class RunFolder:
             raise self.exists_already()
 
     def refuse_damaged(self) -> None:
-        """Raise InputError if the checkpoint cannot be read from end to end: no run goes on from less than all of it."""
+        """Raise InputError if the checkpoint cannot be read from end to end."""
         if not self.checkpoint.is_file():
             return
         try:
@@ -117,8 +117,8 @@ class RunFolder:
             damaged = True
         if damaged:
             raise InputError(
-                f"{self.checkpoint}: is damaged; put back a copy, or begin another run from the weights of the last save:"
-                f" --init-from {self.model}"
+                f"{self.checkpoint}: is damaged; put back a copy of it, or begin another run from the weights of the"
+                f" last save by --init-from {self.model}"
             )
 
     def exists_already(self) -> OutputError:
