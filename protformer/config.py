@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from protformer.alphabet import CLS, EOS
 from protformer.attention_config import AttentionConfig as AttentionConfig
+from protformer.attention_config import ClusteredConfig as ClusteredConfig
 from protformer.attention_config import ExactConfig as ExactConfig
 from protformer.attention_config import FavorConfig as FavorConfig
 from protformer.attention_config import GeneralizedConfig as GeneralizedConfig
@@ -73,6 +74,9 @@ class ModelConfig:
             _require(limit is None, "model.max_positions", limit, "left out: rotary positions have no limit")
         both_ways = self.direction == "bidirectional" or self.framing == "eos"
         _require(both_ways, "model.framing", self.framing, "eos with model.direction unidirectional")
+        kind = self.attention.kind
+        can_be_causal = self.direction == "bidirectional" or kind != "clustered"
+        _require(can_be_causal, "model.attention.kind", kind, "another with model.direction unidirectional")
         _require(
             self.hidden_size % self.num_heads == 0 and self.head_dim % 2 == 0,
             "model.hidden_size",
@@ -290,7 +294,7 @@ class RunConfig:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         ranks, kind = self.training.context_parallel, self.model.attention.kind
         allowed = f"1 with model.attention.kind {kind}: only favor and generalized attention can be split over devices"
-        _require(ranks == 1 or kind != "exact", "training.context_parallel", ranks, allowed)
+        _require(ranks == 1 or kind in ("favor", "generalized"), "training.context_parallel", ranks, allowed)
         length = self.data.max_residues
         allowed = f"a multiple of training.context_parallel ({ranks}), which gives all devices parts of equal length"
         _require(length % ranks == 0, "data.max_residues", length, allowed)
