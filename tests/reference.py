@@ -88,7 +88,6 @@ def clustered_weights(
     *,
     clusters_per_query: int,
     cluster_size: int,
-    spread_factor: Tensor,
     log_mass: Tensor,
 ) -> Tensor:
     """softmax over the keys of opened clusters and over the estimates of the other clusters, one a key.
@@ -106,10 +105,9 @@ def clustered_weights(
             height = max(0, math.ceil(math.log2(len(here) / size)))
             if 2**height > clusters_per_query:
                 clusters = halved(keys.detach(), torch.arange(len(here)), height)
-                estimates = torch.stack(
-                    [_cluster_logits(queries, keys[c], spread_factor[head].double()) for c in clusters], dim=1
-                )
-                opened = estimates.topk(clusters_per_query, dim=1).indices
+                estimates = torch.stack([queries @ keys[cluster].mean(dim=0) for cluster in clusters], dim=1)
+                sizes = torch.tensor([len(cluster) for cluster in clusters])
+                opened = (estimates + sizes.double().log()).topk(clusters_per_query, dim=1).indices
                 for number, cluster in enumerate(clusters):
                     is_opened = (opened == number).any(dim=1, keepdim=True)
                     estimate = estimates[:, number, None] + log_mass[head].double()
@@ -130,15 +128,6 @@ def halved(keys: Tensor, members: Tensor, height: int) -> list[Tensor]:
     members = members[(centred @ axis).argsort(stable=True)]
     middle = (len(members) + 1) // 2
     return halved(keys, members[:middle], height - 1) + halved(keys, members[middle:], height - 1)
-
-
-def _cluster_logits(queries: Tensor, keys: Tensor, spread_factor: Tensor) -> Tensor:
-    """q . mean + b f(sigma) for each query; f(sigma) = sigma^2 / 2, and its tangent from sqrt(2 log n) on."""
-    variance = queries.square() @ keys.var(dim=0, correction=0)
-    limit = math.sqrt(2 * math.log(len(keys)))
-    sigma = variance.clamp(min=1e-300).sqrt()
-    spread = torch.where(sigma <= limit, variance / 2, limit * sigma - limit**2 / 2)
-    return queries @ keys.mean(dim=0) + spread_factor * spread
 
 
 FUNCTIONS = {

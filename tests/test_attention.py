@@ -95,7 +95,6 @@ def oracle_weights(name: str, attention: Attention, q: Tensor, k: Tensor, segmen
             segments,
             clusters_per_query=config.clusters_per_query,
             cluster_size=config.cluster_size,
-            spread_factor=state["spread_factor"],
             log_mass=state["log_mass"],
         )
     return reference.exact_weights(q, k, segments, causal=causal)

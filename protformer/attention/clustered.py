@@ -3,15 +3,12 @@
 In: queries, keys, values. Out: an approximation of softmax(q k^T / sqrt(d)) v in O(residue ** 1.5) time and linear
 memory, for trained heads, whose large weights random features cannot estimate: the sum of a sparse and a coarse part
 (Scatterbrain: Chen et al. 2021), both by clusters (Vyas et al. 2020 cluster queries; here keys are clustered, as in
-Roy et al. 2021). Keys are put into clusters of equal size by a balanced tree (`key_clusters`). Cluster c of n_c keys,
-with mean mu_c, variances v_c of the channels and mean value, has for a query q the estimated logit
+Roy et al. 2021). Keys are put into clusters of equal size by a balanced tree (`key_clusters`). For each query,
 
-    l_c = q . mu_c + b f(sigma),     sigma^2 = sum_j q_j^2 v_cj,
+    cluster c of n_c keys, with the means mu_c of its keys and m_c of its values, has the weight n_c exp(q . mu_c);
+    the `clusters_per_query` clusters of largest weight are opened: their keys have their own weights exp(q . k);
+    the others stay as they are, at the value m_c, but for a learned factor exp(a), one a head, which begins as 1.
 
-where f(sigma) = log(mean(exp(x))) for n_c Gaussian numbers x of deviation sigma: sigma^2 / 2 up to s = sqrt(2 log n_c),
-from where on the largest of them decides and f goes on as its tangent (Derrida 1981, the random energy model).
-The `clusters_per_query` clusters of largest l_c are opened: their keys have the exact weights exp(q . k). The others
-have the weight n_c exp(l_c + a) and their mean value. b = 1 and a = 0, one of each a head, are where learning begins.
 A segment with no more clusters than that has exact attention. Which clusters are opened takes no gradient.
 
 The work with opened clusters is a product of matrices for each: the queries that opened it, in blocks, with its keys.
@@ -35,13 +32,11 @@ from protformer.config import ClusteredConfig
 
 Rows = Float[Tensor, "row residue channel"]
 """A row is one head of one segment."""
-Scores = Float[Tensor, "row query cluster"]
 
 QUERIES_IN_BLOCK = 32
 """Queries of one cluster that are multiplied with its keys at once."""
 WEIGHTS_AT_ONCE = 2**22
 """Weights that are in memory at once, of all rows together."""
-TINY = 1e-30
 
 
 class ClusteredAttention(Attention):
@@ -53,8 +48,6 @@ class ClusteredAttention(Attention):
         super().__init__()
         assert not causal, "refused by ModelConfig"
         self.clusters_per_query, self.cluster_size = config.clusters_per_query, config.cluster_size
-        self.spread_factor = nn.Parameter(torch.ones(num_heads))
-        """b."""
         self.log_mass = nn.Parameter(torch.zeros(num_heads))
         """a."""
 
@@ -90,35 +83,40 @@ class ClusteredAttention(Attention):
         if num_clusters <= self.clusters_per_query:
             return F.scaled_dot_product_attention(q, k, v)
         q, k, v = (x.flatten(0, 1) for x in (q * q.shape[3] ** -0.5, k, v))
-        spread_factor, log_mass = (x.to(dtype).repeat(len(q) // len(x)) for x in (self.spread_factor, self.log_mass))
+        log_mass = self.log_mass.to(dtype).repeat(len(q) // len(self.log_mass))
         clusters = balanced_clusters(k.detach(), height=num_clusters.bit_length() - 1)
         coarse = _describe(clusters, k, v)
         cost = num_clusters + self.clusters_per_query * clusters.members.shape[2]
-        parts = q.split(max(1, WEIGHTS_AT_ONCE // (len(q) * cost)), dim=1)
-        attended = [self._attend_of_queries(len(parts) > 1, part, coarse, spread_factor, log_mass) for part in parts]
-        return torch.cat(attended, dim=1).unflatten(0, (-1, len(self.log_mass)))
+        rows_at_once = max(1, WEIGHTS_AT_ONCE // (cost * q.shape[1]))
+        queries_at_once = max(1, WEIGHTS_AT_ONCE // (cost * min(rows_at_once, len(q))))
+        of_rows = []
+        for first in range(0, len(q), rows_at_once):
+            rows = slice(first, first + rows_at_once)
+            parts = q[rows].split(queries_at_once, dim=1)
+            coarse_rows = coarse.of_rows(rows)
+            of_rows.append(torch.cat([self._attend_of_queries(x, coarse_rows, log_mass[rows]) for x in parts], dim=1))
+        return torch.cat(of_rows).unflatten(0, (-1, len(self.log_mass)))
 
-    def _attend_of_queries(
-        self, recomputes: bool, q: Rows, coarse: "_Coarse", spread_factor: Tensor, log_mass: Tensor
-    ) -> Rows:
-        """The backward pass keeps the weights of all queries only if there are few."""
+    def _attend_of_queries(self, q: Rows, coarse: "_Coarse", log_mass: Float[Tensor, " row"]) -> Rows:
+        """Weights are not kept for the backward pass but computed again."""
 
-        def attend(q: Rows, spread_factor: Tensor, log_mass: Tensor) -> Rows:
-            logits = coarse.logits(q, spread_factor)
-            opened = logits.detach().topk(self.clusters_per_query, dim=2).indices
-            logits = logits + log_mass[:, None, None] + coarse.clusters.sizes.to(q.dtype).log()[:, None]
-            rest = logits.scatter(2, opened, -torch.inf)
-            sums, values = _attend_in_opened(q, coarse, opened)
-            shares = torch.cat((sums, rest.logsumexp(dim=2, keepdim=True)), dim=2).softmax(dim=2)
-            of_rest = rest.softmax(dim=2) @ coarse.mean_value
-            return (shares[:, :, None, :-1] @ values).squeeze(2) + shares[:, :, -1:] * of_rest
+        def attend(q: Rows, log_mass: Tensor) -> Rows:
+            logits = coarse.logits(q)
+            top = logits.detach().topk(self.clusters_per_query, dim=2)
+            # The opened clusters hold more than their means say: whatever underflows here is nothing beside them.
+            reference = top.values[:, :, :1]
+            rest = (logits - reference).exp().scatter(2, top.indices, 0)
+            largest, weight_sums, sums = _attend_in_opened(q, coarse, top.indices)
+            new_reference = torch.maximum(largest.amax(dim=2, keepdim=True), reference)
+            of_opened = (largest - new_reference).exp()
+            of_rest = (reference - new_reference + log_mass[:, None, None]).exp()
+            total = (weight_sums * of_opened).sum(dim=2, keepdim=True) + rest.sum(dim=2, keepdim=True) * of_rest
+            return ((sums * of_opened[..., None]).sum(dim=2) + rest @ coarse.mean_value * of_rest) / total
 
-        if recomputes and torch.is_grad_enabled():
-            recomputed: Rows = checkpoint(
-                attend, q, spread_factor, log_mass, use_reentrant=False, preserve_rng_state=False
-            )
+        if torch.is_grad_enabled():
+            recomputed: Rows = checkpoint(attend, q, log_mass, use_reentrant=False, preserve_rng_state=False)
             return recomputed
-        return attend(q, spread_factor, log_mass)
+        return attend(q, log_mass)
 
     def _weights_of_segment(
         self, q: Float[Tensor, "head residue head_dim"], k: Float[Tensor, "head residue head_dim"]
@@ -129,12 +127,12 @@ class ClusteredAttention(Attention):
         if num_clusters <= self.clusters_per_query:
             return logits.softmax(dim=2)
         clusters = balanced_clusters(k.detach(), height=num_clusters.bit_length() - 1)
-        of_cluster = _describe(clusters, k, k).logits(q, self.spread_factor.to(q.dtype))
+        of_cluster = _describe(clusters, k, k).logits(q)
         is_opened = torch.zeros_like(of_cluster, dtype=torch.bool)
         is_opened.scatter_(2, of_cluster.topk(self.clusters_per_query, dim=2).indices, True)
+        of_key = of_cluster - clusters.sizes.to(q.dtype).log()[:, None] + self.log_mass.to(q.dtype)[:, None, None]
         cluster = clusters.of_keys(num_keys)[:, None].expand(-1, num_keys, -1)
-        estimate = of_cluster.gather(2, cluster) + self.log_mass.to(q.dtype)[:, None, None]
-        return torch.where(is_opened.gather(2, cluster), logits, estimate).softmax(dim=2)
+        return torch.where(is_opened.gather(2, cluster), logits, of_key.gather(2, cluster)).softmax(dim=2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,62 +143,63 @@ class _Coarse:
     keys: Float[Tensor, "row cluster place channel"]
     values: Float[Tensor, "row cluster place value_dim"]
     mean_key: Float[Tensor, "row cluster channel"]
-    variance: Float[Tensor, "row cluster channel"]
     mean_value: Float[Tensor, "row cluster value_dim"]
 
-    def logits(self, q: Rows, spread_factor: Float[Tensor, " row"]) -> Scores:
-        """l_c for each query."""
-        variance = q.square() @ self.variance.transpose(1, 2)
-        bounded = variance.minimum(2 * self.clusters.sizes.to(q.dtype).log()[:, None])
-        # variance / 2 where that is bounded, else the tangent; the root would have no derivative at 0.
-        spread = (variance * bounded + TINY).sqrt() - bounded / 2
-        return q @ self.mean_key.transpose(1, 2) + spread_factor[:, None, None] * spread
+    def of_rows(self, rows: slice) -> "_Coarse":
+        clusters = KeyClusters(members=self.clusters.members[rows], sizes=self.clusters.sizes[rows])
+        of_rows = {name: getattr(self, name)[rows] for name in ("keys", "values", "mean_key", "mean_value")}
+        return _Coarse(clusters=clusters, **of_rows)
+
+    def logits(self, q: Rows) -> Float[Tensor, "row query cluster"]:
+        """log(n_c) + q . mu_c for each query."""
+        return torch.baddbmm(self.clusters.sizes.to(q.dtype).log()[:, None], q, self.mean_key.transpose(1, 2))
 
 
 def _describe(clusters: KeyClusters, k: Rows, v: Rows) -> _Coarse:
     keys, values = clusters.take(k), clusters.take(v)
     is_member, sizes = clusters.is_member()[..., None], clusters.sizes[..., None]
-    mean_key = (keys * is_member).sum(dim=2) / sizes
-    deviations = (keys - mean_key[:, :, None]) * is_member
     return _Coarse(
         clusters=clusters,
         keys=keys,
         values=values,
-        mean_key=mean_key,
-        variance=deviations.square().sum(dim=2) / sizes,
+        mean_key=(keys * is_member).sum(dim=2) / sizes,
         mean_value=(values * is_member).sum(dim=2) / sizes,
     )
 
 
 def _attend_in_opened(
     q: Rows, coarse: _Coarse, opened: Int[Tensor, "row query choice"]
-) -> tuple[Float[Tensor, "row query choice"], Float[Tensor, "row query choice value_dim"]]:
-    """In each opened cluster: the logarithm of the sum of the weights, and the mean value by these weights.
+) -> tuple[
+    Float[Tensor, "row query choice"], Float[Tensor, "row query choice"], Float[Tensor, "row query choice value_dim"]
+]:
+    """In each opened cluster: the largest logit, the sum of the weights exp(logit - largest), that of weights by values.
 
     With blocks of 4 places, clusters that 5, 0 and 2 queries have opened get 2, 0 and 1 blocks.
     """
-    num_rows, num_queries, num_choices = opened.shape
-    num_clusters = coarse.clusters.members.shape[1]
-    row = torch.arange(num_rows, device=q.device)[:, None, None]
+    num_clusters, shape = coarse.mean_key.shape[1], opened.shape
+    is_opened = torch.zeros((*shape[:2], num_clusters), dtype=torch.int32, device=q.device).scatter_(2, opened, 1)
+    row = torch.arange(len(opened), device=q.device)[:, None, None]
     cluster = (row * num_clusters + opened).flatten()
-    order = cluster.argsort()
-    counts = cluster.bincount(minlength=num_rows * num_clusters)
-    num_blocks = -(-counts // QUERIES_IN_BLOCK)
-    # The place of the i-th query of a cluster, counted along the sorted list.
-    first_place = QUERIES_IN_BLOCK * (num_blocks.cumsum(0) - num_blocks) - (counts.cumsum(0) - counts)
-    place = torch.empty_like(cluster)
-    place[order] = torch.arange(len(cluster), device=q.device) + first_place[cluster[order]]
-    of_block = torch.arange(len(counts), device=q.device).repeat_interleave(num_blocks)
+    # How many queries up to this one have opened the cluster; the last one knows how many have in all.
+    ranks = is_opened.cumsum(dim=1, dtype=torch.int32)
+    num_blocks = -(-ranks[:, -1].flatten() // QUERIES_IN_BLOCK)
+    first_place = QUERIES_IN_BLOCK * (num_blocks.cumsum(0) - num_blocks)
+    place = first_place.index_select(0, cluster) + (ranks.gather(2, opened) - 1).flatten()
+    of_block = torch.arange(len(num_blocks), device=q.device).repeat_interleave(num_blocks)
 
     query_at = cluster.new_zeros(QUERIES_IN_BLOCK * len(of_block))
-    query_at[place] = torch.arange(len(cluster), device=q.device) // num_choices
-    queries = q.flatten(0, 1)[query_at].unflatten(0, (-1, QUERIES_IN_BLOCK))
-    keys, values = (x.flatten(0, 1)[of_block] for x in (coarse.keys, coarse.values))
-    is_member = coarse.clusters.is_member().flatten(0, 1)[of_block]
-    logits = (queries @ keys.transpose(1, 2)).masked_fill(~is_member[:, None], -torch.inf)
-    sums, means = logits.logsumexp(dim=2), logits.softmax(dim=2) @ values
-    shape = (num_rows, num_queries, num_choices)
-    return sums.flatten()[place].unflatten(0, shape), means.flatten(0, 1)[place].unflatten(0, shape)
+    query_at[place] = torch.arange(len(cluster), device=q.device) // shape[2]
+    queries = q.flatten(0, 1).index_select(0, query_at).unflatten(0, (-1, QUERIES_IN_BLOCK))
+    keys, values, is_member = (
+        x.flatten(0, 1).index_select(0, of_block) for x in (coarse.keys, coarse.values, coarse.clusters.is_member())
+    )
+    absent = torch.where(is_member, 0.0, -torch.inf).to(q.dtype)
+    logits = torch.baddbmm(absent[:, None], queries, keys.transpose(1, 2))
+    largest = logits.detach().amax(dim=2, keepdim=True)
+    weights = (logits - largest).exp()
+    results = (largest.flatten(), weights.sum(dim=2).flatten(), (weights @ values).flatten(0, 1))
+    at_pairs = [x.index_select(0, place).unflatten(0, shape) for x in results]
+    return at_pairs[0], at_pairs[1], at_pairs[2]
 
 
 def _same_extents(segments: Segments) -> dict[tuple[int, int], list[int]]:

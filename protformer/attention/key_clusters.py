@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-POWER_ITERATIONS = 8
+SQUARINGS = 3
+"""Of the covariance: 2 ** SQUARINGS power iterations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +39,9 @@ class KeyClusters:
 
     def take(self, x: Float[Tensor, "row key channel"]) -> Float[Tensor, "row cluster place channel"]:
         """What belongs to each member."""
-        places = self.members.flatten(1)[:, :, None].expand(-1, -1, x.shape[2])
-        return x.gather(1, places).unflatten(1, self.members.shape[1:])
+        first = x.shape[1] * torch.arange(len(x), device=x.device)[:, None, None]
+        taken = x.flatten(0, 1).index_select(0, (self.members + first).flatten())
+        return taken.unflatten(0, self.members.shape)
 
 
 @torch.no_grad()
@@ -72,12 +74,13 @@ def _projections(
     keys: Float[Tensor, "row cluster place channel"], is_member: Bool[Tensor, "row cluster place"]
 ) -> Float[Tensor, "row cluster place"]:
     """Each key along the principal axis of its cluster."""
-    keys = keys * is_member[..., None]
-    mean = keys.sum(dim=2, keepdim=True) / is_member.sum(dim=2)[:, :, None, None]
+    mean = (keys * is_member[..., None]).sum(dim=2, keepdim=True) / is_member.sum(dim=2)[:, :, None, None]
     centred = (keys - mean) * is_member[..., None]
-    covariance = centred.transpose(2, 3) @ centred
+    power = covariance = centred.transpose(2, 3) @ centred
+    for _ in range(SQUARINGS):
+        trace = power.diagonal(dim1=2, dim2=3).sum(dim=2)[:, :, None, None]
+        power = power / trace.clamp(min=torch.finfo(trace.dtype).tiny)
+        power = power @ power
     widest = covariance.diagonal(dim1=2, dim2=3).argmax(dim=2)[:, :, None, None]
-    axis = covariance.gather(3, widest.expand(-1, -1, keys.shape[3], 1))
-    for _ in range(POWER_ITERATIONS):
-        axis = covariance @ torch.nn.functional.normalize(axis, dim=2)
+    axis = power @ covariance.gather(3, widest.expand(-1, -1, keys.shape[3], 1))
     return (centred @ axis).squeeze(3)

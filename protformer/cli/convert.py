@@ -18,7 +18,7 @@ from protformer.cli.options import FilePath, quiet_option
 @click.option("--out", required=True, type=FilePath, metavar="MODEL", help="Model folder to make.")
 @click.option(
     "--attention",
-    type=click.Choice(["exact", "favor", "generalized"]),
+    type=click.Choice(["exact", "clustered", "favor", "generalized"]),
     default="exact",
     show_default=True,
     help="Exact gives the original's results; a linear kind uses its weights, and needs training to recover.",
