@@ -77,7 +77,9 @@ class ClusteredConfig:
     """About as many keys make a cluster; more in proteins of more than (2 cluster_size)^2 residues."""
 
     def __post_init__(self) -> None:
-        require(self.clusters_per_query >= 1, "model.attention.clusters_per_query", self.clusters_per_query, "at least 1")
+        require(
+            self.clusters_per_query >= 1, "model.attention.clusters_per_query", self.clusters_per_query, "at least 1"
+        )
         require(self.cluster_size >= 2, "model.attention.cluster_size", self.cluster_size, "at least 2")
 
 

@@ -95,7 +95,8 @@ class ClusteredAttention(Attention):
             parts = q[rows].split(queries_at_once, dim=1)
             coarse_rows = coarse.of_rows(rows)
             of_rows.append(torch.cat([self._attend_of_queries(x, coarse_rows, log_mass[rows]) for x in parts], dim=1))
-        return torch.cat(of_rows).unflatten(0, (-1, len(self.log_mass)))
+        attended: Tensor = torch.cat(of_rows).unflatten(0, (-1, len(self.log_mass)))
+        return attended
 
     def _attend_of_queries(self, q: Rows, coarse: "_Coarse", log_mass: Float[Tensor, " row"]) -> Rows:
         """Weights are not kept for the backward pass but computed again."""
@@ -172,7 +173,7 @@ def _attend_in_opened(
 ) -> tuple[
     Float[Tensor, "row query choice"], Float[Tensor, "row query choice"], Float[Tensor, "row query choice value_dim"]
 ]:
-    """In each opened cluster: the largest logit, the sum of the weights exp(logit - largest), that of weights by values.
+    """In each opened cluster: the largest logit, the sum of the weights exp(logit - largest), that of values by them.
 
     With blocks of 4 places, clusters that 5, 0 and 2 queries have opened get 2, 0 and 1 blocks.
     """

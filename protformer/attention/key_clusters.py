@@ -1,9 +1,10 @@
 """Clusters of keys that are alike, all of one size: the leaves of a balanced tree.
 
-In: the keys of some rows (a row is one head of one segment). Out: `KeyClusters`. From the root down, each node is halved
-at the median of its keys' projections on their principal axis, as in a PCA tree (Sproull 1991; McNames 2001), so that
-a tree of 2^h leaves holds its n keys in leaves of n / 2^h, rounded up or down. The axis is found by power iteration from
-the column of the covariance with the largest variance. Nothing is random; of keys on one spot, the earlier goes left.
+In: the keys of some rows (a row is one head of one segment). Out: `KeyClusters`. From the root down, each node is
+halved at the median of its keys' projections on their principal axis, as in a PCA tree (Sproull 1991; McNames 2001), so
+that a tree of 2^h leaves holds its n keys in leaves of n / 2^h, rounded up or down. The axis is found by power
+iteration from the column of the covariance with the largest variance. Nothing is random; of keys on one spot, the
+earlier goes left.
 Cost: O(n head_dim h) time, O(n head_dim) memory.
 """
 
@@ -40,8 +41,8 @@ class KeyClusters:
     def take(self, x: Float[Tensor, "row key channel"]) -> Float[Tensor, "row cluster place channel"]:
         """What belongs to each member."""
         first = x.shape[1] * torch.arange(len(x), device=x.device)[:, None, None]
-        taken = x.flatten(0, 1).index_select(0, (self.members + first).flatten())
-        return taken.unflatten(0, self.members.shape)
+        taken: Tensor = x.flatten(0, 1).index_select(0, (self.members + first).flatten())
+        return taken.view(*self.members.shape, -1)
 
 
 @torch.no_grad()
