@@ -66,7 +66,24 @@ class ExactConfig:
     kind: Literal["exact"] = "exact"
 
 
-AttentionConfig = FavorConfig | GeneralizedConfig | ExactConfig
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusteredConfig:
+    """Softmax attention to the keys of a few clusters, and to other clusters as wholes: O(residue ** 1.5) time."""
+
+    kind: Literal["clustered"] = "clustered"
+    clusters_per_query: int = 8
+    """Clusters whose keys a query attends to one by one."""
+    cluster_size: int = 8
+    """About as many keys make a cluster; more in proteins of more than (2 cluster_size)^2 residues."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.clusters_per_query >= 1, "model.attention.clusters_per_query", self.clusters_per_query, "at least 1"
+        )
+        require(self.cluster_size >= 2, "model.attention.cluster_size", self.cluster_size, "at least 2")
+
+
+AttentionConfig = FavorConfig | GeneralizedConfig | ExactConfig | ClusteredConfig
 
 
 def require(holds: bool, path: str, value: object, allowed: str) -> None:

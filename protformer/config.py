@@ -7,10 +7,11 @@ stand here and nowhere else.
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from protformer.alphabet import CLS, EOS
 from protformer.attention_config import AttentionConfig as AttentionConfig
+from protformer.attention_config import ClusteredConfig as ClusteredConfig
 from protformer.attention_config import ExactConfig as ExactConfig
 from protformer.attention_config import FavorConfig as FavorConfig
 from protformer.attention_config import GeneralizedConfig as GeneralizedConfig
@@ -18,6 +19,7 @@ from protformer.attention_config import GeneralizedFunction as GeneralizedFuncti
 from protformer.attention_config import require as _require
 from protformer.decoding import decode, suggest
 from protformer.errors import ConfigError
+from protformer.lora_config import LoraConfig as LoraConfig
 
 Packing = Literal["attend", "isolate"]
 OnLong = Literal["crop", "windows", "skip"]
@@ -41,6 +43,8 @@ class ModelConfig:
     direction: Direction = "bidirectional"
     """`bidirectional` is a masked language model, `unidirectional` predicts each next residue from those before."""
     attention: AttentionConfig = field(default_factory=FavorConfig)
+    exact_layers: list[int] = field(default_factory=list)
+    """Layers, counted from 1, that have exact attention instead."""
     qk_norm: bool = False
     """Divide each query and key by its root mean square before the rotary turn, and scale its channels by learned
     numbers: bounds the logits, on whose size the error of random features depends."""
@@ -65,6 +69,9 @@ class ModelConfig:
         for name in ("num_layers", "num_heads", "hidden_size", "feed_forward_size"):
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
         _require(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "above 0")
+        layers = self.exact_layers
+        are_layers = len(set(layers)) == len(layers) and all(1 <= layer <= self.num_layers for layer in layers)
+        _require(are_layers, "model.exact_layers", layers, f"different numbers from 1 to {self.num_layers}")
         limit = self.max_positions
         if self.positions == "learned":
             has_limit = limit is not None and limit >= 1
@@ -73,6 +80,9 @@ class ModelConfig:
             _require(limit is None, "model.max_positions", limit, "left out: rotary positions have no limit")
         both_ways = self.direction == "bidirectional" or self.framing == "eos"
         _require(both_ways, "model.framing", self.framing, "eos with model.direction unidirectional")
+        kind = self.attention.kind
+        can_be_causal = self.direction == "bidirectional" or kind != "clustered"
+        _require(can_be_causal, "model.attention.kind", kind, "another with model.direction unidirectional")
         _require(
             self.hidden_size % self.num_heads == 0 and self.head_dim % 2 == 0,
             "model.hidden_size",
@@ -80,6 +90,10 @@ class ModelConfig:
             f"an even multiple of model.num_heads ({self.num_heads}): rotary positions turn pairs of channels",
         )
         _require(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "from 0 to below 1")
+
+    def attention_of(self, layer: int) -> AttentionConfig:
+        """Of a layer, counted from 0."""
+        return ExactConfig() if layer + 1 in self.exact_layers else self.attention
 
     @property
     def head_dim(self) -> int:
@@ -158,25 +172,6 @@ class DataConfig:
         _require(self.num_workers is None or self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
 
 
-LoraTarget = Literal["query_key_value", "attention_output", "feed_forward_input", "feed_forward_output"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoraConfig:
-    """Low-rank adapters beside linear layers, in place of training all weights (Hu et al. 2022)."""
-
-    rank: int = 8
-    alpha: int = 16
-    """The update is alpha / rank times the product of the adapter's two matrices."""
-    targets: list[LoraTarget] = field(default_factory=lambda: list(get_args(LoraTarget)))
-    """Layers of each block that get an adapter."""
-
-    def __post_init__(self) -> None:
-        _require(self.rank >= 1, "training.lora.rank", self.rank, "at least 1")
-        _require(self.alpha >= 1, "training.lora.alpha", self.alpha, "at least 1")
-        _require(len(self.targets) > 0, "training.lora.targets", self.targets, "at least one layer")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
     """Optimizer, schedule, batch and how often to look up from the work."""
@@ -227,6 +222,9 @@ class TrainingConfig:
     """HH:MM:SS that a device waits for the others before it takes the job for lost; building stores does not count."""
     frozen_layers: int = 0
     """Keep the embedding and this many of the lowest layers as they begin; 0 trains everything."""
+    distill: bool = False
+    """Train the attention's own parameters (and the adapters of lora) so that each layer's attention gives what exact
+    attention with the weights of --init-from gives."""
     lora: LoraConfig | None = None
     """Train adapters only, of the model that --init-from names."""
     wandb_project: str | None = None
@@ -269,6 +267,7 @@ class TrainingConfig:
             _require(self.optimizer == "adamw", "training.optimizer", self.optimizer, whole)
             _require(not self.log_readiness, "training.log_readiness", self.log_readiness, "false with fsdp")
             _require(self.lora is None, "training.lora", self.lora, "left out with training.strategy fsdp")
+            _require(not self.distill, "training.distill", self.distill, "false with training.strategy fsdp")
 
     @property
     def num_schedule_steps(self) -> int:
@@ -290,7 +289,9 @@ class RunConfig:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         ranks, kind = self.training.context_parallel, self.model.attention.kind
         allowed = f"1 with model.attention.kind {kind}: only favor and generalized attention can be split over devices"
-        _require(ranks == 1 or kind != "exact", "training.context_parallel", ranks, allowed)
+        _require(ranks == 1 or kind in ("favor", "generalized"), "training.context_parallel", ranks, allowed)
+        exact = self.model.exact_layers
+        _require(ranks == 1 or not exact, "model.exact_layers", exact, "left out with training.context_parallel")
         length = self.data.max_residues
         allowed = f"a multiple of training.context_parallel ({ranks}), which gives all devices parts of equal length"
         _require(length % ranks == 0, "data.max_residues", length, allowed)

@@ -81,6 +81,55 @@ def generalized_weights(
     return kernel / torch.where(total > 0, total, 1.0)
 
 
+def clustered_weights(
+    q: Tensor,
+    k: Tensor,
+    segments: Tensor,
+    *,
+    clusters_per_query: int,
+    cluster_size: int,
+    log_mass: Tensor,
+) -> Tensor:
+    """softmax over the keys of opened clusters and over the estimates of the other clusters, one a key.
+
+    Segment by segment and head by head, as the docstring of the kind has it.
+    """
+    q, k = q.double() / math.sqrt(q.shape[-1]), k.double()
+    weights = torch.zeros(*q.shape[:2], q.shape[2], q.shape[2], dtype=torch.float64)
+    for row, head in ((row, head) for row in range(q.shape[0]) for head in range(q.shape[1])):
+        for segment in set(segments[row].tolist()) - {0}:
+            here = torch.nonzero(segments[row] == segment).flatten()
+            queries, keys = q[row, head, here], k[row, head, here]
+            logits = queries @ keys.T
+            size = max(cluster_size, math.sqrt(len(here)) / 2)
+            height = max(0, math.ceil(math.log2(len(here) / size)))
+            if 2**height > clusters_per_query:
+                clusters = halved(keys.detach(), torch.arange(len(here)), height)
+                estimates = torch.stack([queries @ keys[cluster].mean(dim=0) for cluster in clusters], dim=1)
+                sizes = torch.tensor([len(cluster) for cluster in clusters])
+                opened = (estimates + sizes.double().log()).topk(clusters_per_query, dim=1).indices
+                for number, cluster in enumerate(clusters):
+                    is_opened = (opened == number).any(dim=1, keepdim=True)
+                    estimate = estimates[:, number, None] + log_mass[head].double()
+                    logits = logits.index_copy(1, cluster, torch.where(is_opened, logits[:, cluster], estimate))
+            weights[row, head, here[:, None], here] = logits.softmax(dim=1)
+    return weights
+
+
+def halved(keys: Tensor, members: Tensor, height: int) -> list[Tensor]:
+    """Leaves of the balanced tree: members sorted along the axis that eight power iterations give, and halved."""
+    if height == 0:
+        return [members]
+    centred = keys[members] - keys[members].mean(dim=0)
+    covariance = centred.T @ centred
+    axis = covariance[:, covariance.diagonal().argmax()]
+    for _ in range(8):
+        axis = covariance @ (axis / axis.norm())
+    members = members[(centred @ axis).argsort(stable=True)]
+    middle = (len(members) + 1) // 2
+    return halved(keys, members[:middle], height - 1) + halved(keys, members[middle:], height - 1)
+
+
 FUNCTIONS = {
     "relu": torch.relu,
     "elu_plus_one": lambda x: torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0))),

@@ -16,7 +16,7 @@ from torch import Tensor
 from protformer.attention import ATTENTION_KINDS, build_attention, head_shares, pieces
 from protformer.attention.interface import Attention
 from protformer.attention.linear_kind import LinearAttention
-from protformer.config import AttentionConfig, ExactConfig, FavorConfig, GeneralizedConfig
+from protformer.config import AttentionConfig, ClusteredConfig, ExactConfig, FavorConfig, GeneralizedConfig
 
 CONFIGS: dict[str, AttentionConfig] = {
     "favor-sqrt_d": FavorConfig(num_features=24, features="positive", row_norms="sqrt_d"),
@@ -31,14 +31,27 @@ CONFIGS: dict[str, AttentionConfig] = {
     "generalized-elu": GeneralizedConfig(num_features=24, function="elu_plus_one", projection="none"),
     "generalized-abs": GeneralizedConfig(num_features=24, function="abs"),
     "generalized-gelu": GeneralizedConfig(num_features=24, function="gelu"),
+    "clustered": ClusteredConfig(clusters_per_query=3, cluster_size=4),
     "exact": ExactConfig(),
 }
-LINEAR_NAMES = [name for name, config in CONFIGS.items() if not isinstance(config, ExactConfig)]
+LINEAR_NAMES = [name for name, config in CONFIGS.items() if isinstance(config, FavorConfig | GeneralizedConfig)]
+CAUSAL_NAMES = [name for name, config in CONFIGS.items() if not isinstance(config, ClusteredConfig)]
+"""Clusters of keys would hold later residues beside earlier ones: this kind has no causal form."""
 HEAD_DIM, NUM_HEADS = 8, 2
 FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
 FLOAT64 = {"atol": 1e-9, "rtol": 1e-9}
 
 over_kinds = pytest.mark.parametrize("name", CONFIGS)
+over_causal_kinds = pytest.mark.parametrize("name", CAUSAL_NAMES)
+over_kinds_and_directions = pytest.mark.parametrize(
+    ("name", "causal"),
+    [
+        pytest.param(name, causal, id=f"{name}-{'causal' if causal else 'bidirectional'}")
+        for name in CONFIGS
+        for causal in (False, True)
+        if not causal or name in CAUSAL_NAMES
+    ],
+)
 over_directions = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 
 
@@ -74,6 +87,15 @@ def oracle_weights(name: str, attention: Attention, q: Tensor, k: Tensor, segmen
     if isinstance(config, GeneralizedConfig):
         return reference.generalized_weights(
             q, k, segments, causal=causal, projection=projection, epsilon=config.epsilon, function=config.function
+        )
+    if isinstance(config, ClusteredConfig):
+        return reference.clustered_weights(
+            q,
+            k,
+            segments,
+            clusters_per_query=config.clusters_per_query,
+            cluster_size=config.cluster_size,
+            log_mass=state["log_mass"],
         )
     return reference.exact_weights(q, k, segments, causal=causal)
 
@@ -114,8 +136,7 @@ def test_every_kind_is_put_to_these_tests() -> None:
     assert {config.kind for config in CONFIGS.values()} == set(ATTENTION_KINDS)
 
 
-@over_kinds
-@over_directions
+@over_kinds_and_directions
 @over_layouts
 def test_output_and_gradients_are_those_of_the_definition(name: str, causal: bool, layout: str) -> None:
     attention, segments = build(name, causal), LAYOUTS[layout]
@@ -174,8 +195,7 @@ def test_several_blocks_give_the_same_as_one(
         torch.testing.assert_close(several, one, **FLOAT64)
 
 
-@over_kinds
-@over_directions
+@over_kinds_and_directions
 def test_float32_output_is_that_of_the_definition(name: str, causal: bool) -> None:
     attention, segments = build(name, causal), LAYOUTS["uneven rows"]
     q, k, v = draw(segments.shape[1], batch=len(segments))
@@ -183,8 +203,7 @@ def test_float32_output_is_that_of_the_definition(name: str, causal: bool) -> No
     torch.testing.assert_close(attention(q, k, v, segments), expected.float(), **FLOAT32)
 
 
-@over_kinds
-@over_directions
+@over_kinds_and_directions
 @over_layouts
 def test_weights_are_the_matrix_that_forward_applies(name: str, causal: bool, layout: str) -> None:
     attention, segments = build(name, causal), LAYOUTS[layout]
@@ -194,8 +213,7 @@ def test_weights_are_the_matrix_that_forward_applies(name: str, causal: bool, la
     torch.testing.assert_close(weights, oracle_weights(name, attention, q, k, segments, causal), **FLOAT64)
 
 
-@over_kinds
-@over_directions
+@over_kinds_and_directions
 @over_layouts
 def test_weights_are_shares_of_what_a_residue_sees(name: str, causal: bool, layout: str) -> None:
     attention, segments = build(name, causal), LAYOUTS[layout]
@@ -210,8 +228,7 @@ def test_weights_are_shares_of_what_a_residue_sees(name: str, causal: bool, layo
     assert (weights.masked_select(unseen[:, None]) == 0).all()
 
 
-@over_kinds
-@over_directions
+@over_kinds_and_directions
 @pytest.mark.parametrize(("before", "after"), [(0, 1), (0, 200), (37, 3)])
 def test_padding_changes_nothing_and_comes_out_as_zero(name: str, causal: bool, before: int, after: int) -> None:
     attention, length = build(name, causal), 150
@@ -229,8 +246,7 @@ def test_padding_changes_nothing_and_comes_out_as_zero(name: str, causal: bool, 
     assert (output[:, :, segments[0] == 0] == 0).all()
 
 
-@over_kinds
-@over_directions
+@over_kinds_and_directions
 @pytest.mark.parametrize(
     ("lengths", "padding"),
     [((70, 90), 0), ((1, 5, 130, 300), 0), ((300, 1, 5, 130), 17), ((64, 64, 128, 2), 0)],
@@ -257,8 +273,7 @@ def test_permuting_residues_permutes_the_output(name: str) -> None:
     torch.testing.assert_close(permuted, output[:, :, order], **FLOAT64)
 
 
-@over_kinds
-@over_directions
+@over_kinds_and_directions
 @pytest.mark.parametrize("layout", ["one protein, padded", "several proteins", "uneven rows"])
 @pytest.mark.parametrize("scale", [8.0, 30.0, 300.0])
 def test_large_logits_stay_finite_and_right(name: str, causal: bool, layout: str, scale: float) -> None:
@@ -279,8 +294,7 @@ def test_large_logits_stay_finite_and_right(name: str, causal: bool, layout: str
         assert x.grad.isfinite().all()
 
 
-@over_kinds
-@over_directions
+@over_kinds_and_directions
 @pytest.mark.parametrize("lengths", [(128, 100), (70, 90)])
 @pytest.mark.parametrize("scales", [(1.0, 30.0), (30.0, 1.0)], ids=["small then large", "large then small"])
 def test_neighbours_of_another_magnitude_change_nothing(
@@ -296,8 +310,7 @@ def test_neighbours_of_another_magnitude_change_nothing(
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(output.square().sum(), inputs))
 
 
-@over_kinds
-@over_directions
+@over_kinds_and_directions
 def test_gradients_are_right_where_logits_are_large(name: str, causal: bool) -> None:
     attention, segments = build(name, causal), LAYOUTS["several proteins"]
     q, k, v = draw(segments.shape[1], dtype=torch.float64)
@@ -313,7 +326,7 @@ def test_gradients_are_right_where_logits_are_large(name: str, causal: bool) -> 
         torch.testing.assert_close(got, wanted, **FLOAT64)
 
 
-@over_kinds
+@over_causal_kinds
 @pytest.mark.parametrize("layout", ["one protein", "several proteins"])
 @pytest.mark.parametrize("first_changed", [1, 70, 128, 200])
 @pytest.mark.parametrize("factor", [1.0, 100.0], ids=["alike", "huge"])
@@ -328,7 +341,7 @@ def test_a_causal_kind_sees_no_future(name: str, layout: str, first_changed: int
     assert torch.equal(before, after)
 
 
-@over_kinds
+@over_causal_kinds
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_no_gradient_reaches_the_future_of_a_causal_kind(name: str, scale: float) -> None:
     attention, length, first_future = build(name, causal=True), 200, 70
@@ -341,8 +354,7 @@ def test_no_gradient_reaches_the_future_of_a_causal_kind(name: str, scale: float
         assert (x.grad[:, :, :first_future] != 0).any()
 
 
-@over_kinds
-@over_directions
+@over_kinds_and_directions
 def test_state_dict_carries_all_that_decides_the_output(name: str, causal: bool) -> None:
     trained, restored = build(name, causal, seed=1), build(name, causal, seed=2)
     trained.redraw(step=5000)
@@ -351,8 +363,7 @@ def test_state_dict_carries_all_that_decides_the_output(name: str, causal: bool)
     assert torch.equal(trained(*inputs, one_segment(40)), restored(*inputs, one_segment(40)))
 
 
-@over_kinds
-@over_directions
+@over_kinds_and_directions
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["one protein, padded", "several proteins"])
 def test_half_precision_differs_by_its_rounding(name: str, causal: bool, dtype: torch.dtype, layout: str) -> None:
@@ -366,8 +377,7 @@ def test_half_precision_differs_by_its_rounding(name: str, causal: bool, dtype: 
     torch.testing.assert_close(output.float(), expected, atol=step, rtol=step)
 
 
-@over_kinds
-@over_directions
+@over_kinds_and_directions
 @pytest.mark.parametrize("layout", ["one protein, padded", "several proteins"])
 def test_autocast_leaves_the_features_in_float32(name: str, causal: bool, layout: str) -> None:
     attention, segments = build(name, causal), LAYOUTS[layout]
@@ -396,11 +406,7 @@ def test_relu_features_do_not_overflow_float16_at_a_long_length(causal: bool) ->
     torch.testing.assert_close(output.float(), expected, atol=1e-3, rtol=1e-3)
 
 
-def linear_kinds() -> list[str]:
-    return [name for name in CONFIGS if name != "exact"]
-
-
-@pytest.mark.parametrize("name", linear_kinds())
+@pytest.mark.parametrize("name", LINEAR_NAMES)
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_decoding_step_by_step_gives_the_training_outputs(name: str, scale: float, dtype: torch.dtype) -> None:
@@ -418,7 +424,7 @@ def test_decoding_step_by_step_gives_the_training_outputs(name: str, scale: floa
     torch.testing.assert_close(torch.cat(outputs, dim=2), expected, **tolerance)
 
 
-@pytest.mark.parametrize("name", linear_kinds())
+@pytest.mark.parametrize("name", LINEAR_NAMES)
 @over_directions
 @pytest.mark.parametrize("protein", [8192, 4], ids=["one protein", "many proteins"])
 def test_memory_of_linear_kinds_grows_with_the_length_alone(name: str, causal: bool, protein: int) -> None:

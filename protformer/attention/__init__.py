@@ -1,5 +1,6 @@
 """The attention kinds and how one is built from its configuration: a new kind is one file and one line here."""
 
+from protformer.attention.clustered import ClusteredAttention
 from protformer.attention.exact import ExactAttention
 from protformer.attention.favor import FavorAttention
 from protformer.attention.generalized import GeneralizedAttention
@@ -9,6 +10,7 @@ from protformer.config import AttentionConfig
 ATTENTION_KINDS: dict[str, type[Attention]] = {
     "favor": FavorAttention,
     "generalized": GeneralizedAttention,
+    "clustered": ClusteredAttention,
     "exact": ExactAttention,
 }
 

@@ -7,6 +7,7 @@ from rich.table import Table
 from protformer.benchmark.analysis import Crossover, advantages, crossovers, floors, scaling
 from protformer.benchmark.approximation import Interval, LayerError, OutputError
 from protformer.benchmark.cases import Row, implementation_name
+from protformer.evaluation.attention_error import AttentionError
 from protformer.evaluation.model_readiness import LayerReport
 
 
@@ -61,6 +62,18 @@ def error_tables(outputs: Sequence[OutputError], layers: Sequence[LayerError]) -
     for layer in dict.fromkeys(error.layer for error in layers):
         second.add_row(str(layer), *(_interval(by_place[layer, count].relative) for count in layer_counts))
     return [first, second]
+
+
+def exactness_table(errors: Iterable[AttentionError], sequences: str) -> list[Table | str]:
+    """One line a layer."""
+    table = _table(
+        f"Distance from exact attention, on {sequences}",
+        ("layer",),
+        ("error of attention (squared, over variance)", "error of hidden states"),
+    )
+    for error in errors:
+        table.add_row(str(error.layer), f"{error.relative_error:.3f}", f"{error.hidden_error:.3f}")
+    return [table]
 
 
 def readiness_table(reports: Iterable[LayerReport], sequences: str) -> list[Table | str]:

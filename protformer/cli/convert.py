@@ -1,10 +1,14 @@
 """`protformer convert`: a pretrained softmax Transformer to a model folder."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from protformer.cli.options import FilePath, quiet_option
+
+if TYPE_CHECKING:
+    from protformer.conversion.convert import Conversion
 
 
 @click.command("convert")
@@ -18,19 +22,19 @@ from protformer.cli.options import FilePath, quiet_option
 @click.option("--out", required=True, type=FilePath, metavar="MODEL", help="Model folder to make.")
 @click.option(
     "--attention",
-    type=click.Choice(["exact", "favor", "generalized"]),
+    type=click.Choice(["exact", "clustered", "favor", "generalized"]),
     default="exact",
     show_default=True,
-    help="Exact gives the original's results; a linear kind uses its weights, and needs training to recover.",
+    help="Exact gives the original's results, clustered nearly so in O(length^1.5) time; linear kinds need training.",
 )
 @click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change a field of the attention: model.attention.num_features=1024.",
+    help="Change a field of the attention, model.attention.num_features=1024, or model.exact_layers=[1, 6].",
 )
-@click.option("--fasta", metavar="FILE", help="With favor: proteins to report on (default: random residues).")
+@click.option("--fasta", metavar="FILE", help="Proteins to report on (default: random residues).")
 @click.option(
     "--num-proteins", type=click.IntRange(min=1), default=4, show_default=True, metavar="N", help="To report on."
 )
@@ -46,7 +50,7 @@ def command(
 ) -> None:
     """Make a model folder of pretrained weights: ESM-1b, ESM-1v, ESM-2, or a BERT or RoBERTa of single residues.
 
-    With favor, a report tells layer by layer how far random features are from the original's attention.
+    With another attention than exact, a report tells layer by layer how far it is from the original's.
 
     \b
     Example:
@@ -56,34 +60,44 @@ def command(
     from protformer.errors import ConfigError, OutputError
 
     for override in overrides:
-        if not override.startswith("model.attention.") or override.startswith("model.attention.kind"):
-            raise ConfigError(f"--set {override}: only fields of model.attention can be set here (and not its kind)")
+        is_allowed = override.startswith(("model.attention.", "model.exact_layers="))
+        if not is_allowed or override.startswith("model.attention.kind"):
+            raise ConfigError(
+                f"--set {override}: only model.exact_layers and fields of model.attention (not its kind) are set here"
+            )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: exists already; choose another --out or remove it")
-    chosen = load_run_config(None, (f"model.attention.kind={attention}", *overrides)).model.attention
+    # The number of layers is in the weights; until they are read, layers may have any number.
+    anything = "model.num_layers=1000000"
+    wanted = load_run_config(None, (anything, f"model.attention.kind={attention}", *overrides)).model
+    chosen = wanted.attention
 
     from protformer.checkpoint import save_model
     from protformer.conversion.convert import convert
     from protformer.conversion.pretrained_folder import read_pretrained
 
-    conversion = convert(read_pretrained(source), chosen)
+    conversion = convert(read_pretrained(source), chosen, exact_layers=wanted.exact_layers)
     save_model(out, conversion.model, conversion.description)
     for note in conversion.notes if not quiet else ():
         click.echo(f"note: {note}", err=True)
-    if chosen.kind == "favor":
-        from protformer.cli.benchmark_tables import readiness_table
-        from protformer.cli.readiness import print_tables, report_readiness
-
-        reports, sequences = report_readiness(
-            conversion.model,
-            conversion.description,
-            counts=(None,),
-            fasta=fasta,
-            num_proteins=num_proteins,
-            quiet=quiet,
-        )
-        print_tables(readiness_table(reports, sequences))
-    elif chosen.kind == "generalized" and not quiet:
-        click.echo("note: this kernel is no estimate of softmax attention: train the model before you use it", err=True)
+    if chosen.kind != "exact":
+        _report(conversion, fasta=fasta, num_proteins=num_proteins, quiet=quiet)
     num_parameters = sum(parameter.numel() for parameter in conversion.model.parameters())
     click.echo(f"{out}: {conversion.description.converted_from}, {num_parameters:,} parameters, {attention} attention")
+
+
+def _report(conversion: "Conversion", *, fasta: str | None, num_proteins: int, quiet: bool) -> None:
+    """Print how far the attention is from exact attention; for random features, also why."""
+    from protformer.cli.benchmark_tables import exactness_table, readiness_table
+    from protformer.cli.readiness import print_tables, report_exactness, report_readiness
+
+    model, description = conversion.model, conversion.description
+    if model.config.attention.kind == "favor":
+        reports, sequences = report_readiness(
+            model, description, counts=(None,), fasta=fasta, num_proteins=num_proteins, quiet=quiet
+        )
+        print_tables(readiness_table(reports, sequences))
+    errors, sequences = report_exactness(model, description, fasta=fasta, num_proteins=num_proteins, quiet=quiet)
+    print_tables(exactness_table(errors, sequences))
+    if model.config.attention.kind == "generalized" and not quiet:
+        click.echo("note: this kernel is no estimate of softmax attention: train the model before you use it", err=True)

@@ -41,6 +41,11 @@ from protformer.cli.stop_signals import stop_signals_interrupt
     help="Begin with the weights of a model folder or run; model.* is then that model's.",
 )
 @click.option(
+    "--distill",
+    is_flag=True,
+    help="Train only the attention, to give layer by layer what exact attention with the weights of --init-from gives.",
+)
+@click.option(
     "--max-steps", type=click.IntRange(min=1), metavar="N", help="Stop there; counted from the start of the run."
 )
 @click.option("--max-time", metavar="HH:MM:SS", help="Stop after this time of training.")
@@ -62,6 +67,7 @@ def command(
     pairs: str | None,
     cache_dir: Path | None,
     init_from: Path | None,
+    distill: bool,
     max_steps: int | None,
     max_time: str | None,
     devices: int,
@@ -104,6 +110,7 @@ def command(
                 pairs=pairs,
                 cache_dir=cache_dir,
                 init_from=init_from,
+                distill=distill,
                 max_steps=max_steps,
                 max_time=max_time,
                 devices=devices,

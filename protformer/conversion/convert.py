@@ -6,7 +6,7 @@ and would be ignored, are errors; heads of other tasks are left out and told. Po
 one table; rows of embeddings take our order of tokens.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,13 +39,15 @@ class Conversion:
     notes: tuple[str, ...]
 
 
-def convert(pretrained: PretrainedFolder, attention: AttentionConfig | None = None) -> Conversion:
-    """Build our model of these weights; `attention` is exact unless given. Raises InputError."""
+def convert(
+    pretrained: PretrainedFolder, attention: AttentionConfig | None = None, *, exact_layers: Sequence[int] = ()
+) -> Conversion:
+    """Build our model of these weights; `attention` is exact unless given. Raises InputError and ConfigError."""
     layout = find_layout(pretrained.config, pretrained.tensors.keys(), pretrained.name)
     reader = _Reader(pretrained, layout)
     config = replace(layout.model, rotary_rounding=reader.rotary_rounding())
     if attention is not None:
-        config = replace(config, attention=attention)
+        config = replace(config, attention=attention, exact_layers=list(exact_layers))
     weights = dict(reader.weights())
     has_lm_head = any(name.startswith("head.") for name in weights)
     with torch.random.fork_rng(devices=[]):

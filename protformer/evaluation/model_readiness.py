@@ -89,7 +89,7 @@ def _favor_config(model: ProteinLanguageModel, num_features: int | None) -> Favo
 
 def _with_favor(model: ProteinLanguageModel, favor: FavorConfig) -> ProteinLanguageModel:
     """The model with FAVOR+ in all layers, sharing its weights; features drawn anew unless they are as they were."""
-    if favor == model.config.attention:
+    if favor == model.config.attention and not model.config.exact_layers:
         return model
     shallow = _shallow_copy(model)
     for layer, block in enumerate(shallow.encoder.blocks):

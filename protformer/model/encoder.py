@@ -95,20 +95,24 @@ class Encoder(nn.Module):
         self, tokens: Int[Tensor, "batch residue"], segments: Int[Tensor, "batch residue"]
     ) -> Iterator[Float[Tensor, "batch head residue residue"]]:
         """The attention matrices of each layer in turn: O(residue ** 2) memory, for one layer at a time."""
-        x, angles = self._embed(tokens, segments)
-        for block in self.blocks:
-            assert isinstance(block, Block)
+        for block, x, angles in self.layer_inputs(tokens, segments):
             yield block.attention.weights(*block.queries_keys_values(x, angles)[:2], segments)
-            x = block(x, angles, segments)
 
     def attention_inputs(
         self, tokens: Int[Tensor, "batch residue"], segments: Int[Tensor, "batch residue"]
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Queries, keys and values of each layer in turn, as the attention gets them."""
+        for block, x, angles in self.layer_inputs(tokens, segments):
+            yield block.queries_keys_values(x, angles)
+
+    def layer_inputs(
+        self, tokens: Int[Tensor, "batch residue"], segments: Int[Tensor, "batch residue"]
+    ) -> Iterator[tuple["Block", Tensor, Angles]]:
+        """Each layer in turn, with what it gets."""
         x, angles = self._embed(tokens, segments)
         for block in self.blocks:
             assert isinstance(block, Block)
-            yield block.queries_keys_values(x, angles)
+            yield block, x, angles
             x = block(x, angles, segments)
 
     def recompute_in_backward(self) -> None:
@@ -183,7 +187,7 @@ class Block(nn.Module):
             nn.RMSNorm(config.head_dim) if config.qk_norm else nn.Identity() for _ in ("query", "key")
         )
         self.attention = build_attention(
-            config.attention,
+            config.attention_of(layer),
             head_dim=config.head_dim,
             num_heads=config.num_heads,
             causal=config.direction == "unidirectional",

@@ -8,14 +8,14 @@ In: the model folder of --init-from, and `training.frozen_layers` or `training.l
 import importlib.util
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from protformer.checkpoint import load_model
-from protformer.config import LoraConfig, ModelConfig, TrainingConfig
+from protformer.config import ExactConfig, LoraConfig, ModelConfig, TrainingConfig
 from protformer.decoding import decode, flatten
 from protformer.errors import ConfigError, InputError
 from protformer.model.encoder import Encoder
@@ -83,6 +83,8 @@ def check_fine_tuning(config: TrainingConfig, model: ModelConfig, *, has_initial
             f"training.frozen_layers: {config.frozen_layers} is more than the model has (model.num_layers"
             f" {model.num_layers})"
         )
+    if config.distill:
+        _check_distillation(config, model, has_initial=has_initial)
     if config.lora is None:
         return
     if not has_initial:
@@ -96,13 +98,14 @@ def check_fine_tuning(config: TrainingConfig, model: ModelConfig, *, has_initial
 def check_same_weights(path: Path, initial: ModelConfig, chosen: ModelConfig) -> None:
     """Refuse a configuration in which the initial model's weights would not fit, or would mean something else.
 
-    Dropout may differ, and how attention is computed from queries and keys, as long as that has no weights of its own.
+    Dropout may differ, and how attention is computed from queries and keys: by another kind, whose own parameters
+    then begin anew, or by the same kind if it has the same parameters.
     """
     theirs, ours = flatten(asdict(initial)), flatten(asdict(chosen))
     differing = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
-    fits = _weight_shapes(initial) == _weight_shapes(chosen)
+    fits = initial.attention.kind != chosen.attention.kind or _weight_shapes(initial) == _weight_shapes(chosen)
     for name in differing:
-        if name != "dropout" and not (fits and name.startswith("attention.")):
+        if name not in ("dropout", "exact_layers") and not (fits and name.startswith("attention.")):
             raise ConfigError(
                 f"--init-from {path}: model.{name} is {theirs.get(name)!r} in that model and {ours.get(name)!r} in this"
                 f" configuration; leave it out to train that model on, or leave out --init-from"
@@ -119,6 +122,19 @@ def load_initial_weights(model: ProteinLanguageModel, initial: InitialWeights) -
     if description.model.attention == model.config.attention:
         kept = source.state_dict()
     model.load_state_dict(kept, strict=False)
+
+
+def load_teacher(config: ModelConfig, initial: InitialWeights) -> ProteinLanguageModel:
+    """The model that a run began from, with exact attention in all layers."""
+    teacher = ProteinLanguageModel(replace(config, attention=ExactConfig(), exact_layers=[], dropout=0.0), seed=0)
+    load_initial_weights(teacher, initial)
+    return teacher.eval().requires_grad_(False)
+
+
+def learn_attention_only(model: ProteinLanguageModel) -> None:
+    """Let the parameters that the attention itself has, and adapters if there are any, learn and nothing else."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".attention." in name or ".lora_" in name)
 
 
 def freeze_lower_layers(encoder: Encoder, num_layers: int) -> None:
@@ -146,6 +162,23 @@ def merge_adapters(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[st
             right = weights[f"{layer}.lora_A.{suffix}"]
             merged[f"{layer}.weight"] = merged[f"{layer}.weight"] + config.alpha / config.rank * (left @ right)
     return merged
+
+
+def _check_distillation(config: TrainingConfig, model: ModelConfig, *, has_initial: bool) -> None:
+    if not has_initial:
+        raise ConfigError("--distill: the teacher is a trained model with exact attention; name it by --init-from")
+    if config.frozen_layers:
+        raise ConfigError("training.frozen_layers: --distill trains no layer's weights; leave one of them out")
+    if config.lora is not None and config.lora.targets != ["query_key_value"]:
+        raise ConfigError(
+            f"training.lora.targets: {config.lora.targets} is not allowed; with --distill it must be"
+            f" ['query_key_value'], on which alone the attention depends"
+        )
+    if config.lora is None and not any(".attention." in name for name in _weight_shapes(model)):
+        raise ConfigError(
+            f"--distill: {model.attention.kind} attention with these settings has no parameters to learn; choose"
+            f" clustered, or favor with model.attention.covariance=diagonal, or add training.lora"
+        )
 
 
 def _weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

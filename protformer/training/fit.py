@@ -31,7 +31,7 @@ from protformer.device import (
     peak_memory_gb,
 )
 from protformer.errors import ConfigError, InterruptedRunError
-from protformer.evaluation.masked_lm import MaskedLmScores
+from protformer.evaluation.masked_lm import MaskedLmScores, masked_lm_loss_sum
 from protformer.model.masked_lm_head import ProteinLanguageModel
 from protformer.model_description import ModelDescription, TrainingProvenance
 from protformer.training.callbacks import (
@@ -43,11 +43,14 @@ from protformer.training.callbacks import (
 )
 from protformer.training.curves import draw_curves
 from protformer.training.datamodule import ProteinDataModule
+from protformer.training.distillation import Distillation, DistillationLog
 from protformer.training.fine_tuning import (
     InitialWeights,
     add_lora,
     freeze_lower_layers,
+    learn_attention_only,
     load_initial_weights,
+    load_teacher,
     merge_adapters,
     read_initial_weights,
 )
@@ -114,17 +117,27 @@ def train(
     torch.manual_seed(config.seed)
     initial = read_initial_weights(run)
     model = _build_model(config, counts, None if run.checkpoint.exists() else initial)
+    distillation = None
+    if config.training.distill:
+        assert initial is not None
+        distillation = Distillation(load_teacher(config.model, initial))
     micro_batches = MicroBatches(
         config.training.accumulate_batches,
         step_rows=step_rows,
         row_tokens=config.data.max_residues // ranks.context_parallel,
         device=torch_device,
         with_others=ranks.num_ranks > 1 and (ranks.context_parallel > 1 or config.training.strategy == "fsdp"),
+        loss_sum=masked_lm_loss_sum if distillation is None else distillation,
     )
     task = MaskedLmTask(model, config.training, micro_batches)
     datamodule = ProteinDataModule(corpus, validation_sets, config, batch_rows=step_rows, ranks=ranks)
     callbacks = _build_callbacks(
-        config, run, datamodule, describe=partial(_describe, config, corpus, counts, initial), quiet=quiet
+        config,
+        run,
+        datamodule,
+        describe=partial(_describe, config, corpus, counts, initial),
+        distillation=distillation,
+        quiet=quiet,
     )
     with _lightning_kept_quiet():
         trainer = _build_trainer(
@@ -164,6 +177,8 @@ def _build_model(config: RunConfig, counts: list[int], initial: InitialWeights |
     freeze_lower_layers(model.encoder, config.training.frozen_layers)
     if config.training.lora is not None:
         add_lora(model, config.training.lora)
+    if config.training.distill:
+        learn_attention_only(model)
     if config.training.activation_checkpointing:
         model.encoder.recompute_in_backward()
     if config.training.compile:
@@ -193,6 +208,7 @@ def _build_callbacks(
     datamodule: ProteinDataModule,
     *,
     describe: Callable[[int, int], ModelDescription],
+    distillation: Distillation | None,
     quiet: bool,
 ) -> _Callbacks:
     """`describe` takes the steps and tokens of a model so far."""
@@ -227,6 +243,8 @@ def _build_callbacks(
         held_out = next(iter(datamodule.validation_sets.values()))[0]
         proteins = [held_out.protein(i).tolist() for i in range(min(MAX_PROTEINS, len(held_out)))]
         others.append(ReadinessLog(run, proteins, every_steps=training.validate_every_steps))
+    if distillation is not None:
+        others.append(DistillationLog(run, distillation, every_steps=training.log_every_steps))
     if not quiet:
         others.append(Progress(metrics, max_steps=training.max_steps))
     return _Callbacks(

@@ -90,6 +90,7 @@ class RunRequest:
     pairs: str | None
     cache_dir: Path | None
     init_from: Path | None
+    distill: bool
     max_steps: int | None
     max_time: str | None
     devices: int
@@ -229,6 +230,7 @@ def _resolve_config(request: RunRequest, stored: RunConfig | None) -> RunConfig:
         schedule_steps=config.training.num_schedule_steps,
         max_steps=request.max_steps,
         max_time=request.max_time,
+        distill=request.distill or None,
     )
     if stored is not None:
         before, now = flatten(asdict(stored)), flatten(asdict(config))

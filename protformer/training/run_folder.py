@@ -7,6 +7,7 @@ RUN/store, RUN/validation     token stores (validation is absent when nothing is
 RUN/clusters, RUN/pairs.npy   what --clusters and --pairs gave, as indices of proteins
 RUN/initial_model.json        what --init-from named
 RUN/metrics.csv, curves.png   figures as they come; also readiness.csv if training.log_readiness is on
+                              and distillation.csv with --distill
 RUN/validation.csv            a line for each validation and set of held-out proteins
 RUN/tensorboard, wandb        the same figures, where these packages are (`metric_sinks`)
 RUN/status.json, .running     how far the run has come, and the lock of the process that trains (`run_status`)
@@ -71,6 +72,10 @@ class RunFolder:
     @property
     def validation(self) -> Path:
         return self.root / "validation.csv"
+
+    @property
+    def distillation(self) -> Path:
+        return self.root / "distillation.csv"
 
     @property
     def readiness(self) -> Path:
