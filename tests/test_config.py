@@ -58,7 +58,7 @@ def test_an_attention_kind_can_be_given_as_a_whole():
         ("modell.num_layers=3", "modell: no such field (modell.num_layers=3); did you mean model?"),
         (
             "model.attention.kind=favr",
-            "model.attention.kind: 'favr' is not one of favor, generalized, exact; did you mean favor?",
+            "model.attention.kind: 'favr' is not one of favor, generalized, exact, clustered; did you mean favor?",
         ),
         ("model.attention={kind: exact, num_features: 3}", "model.attention.num_features: no such field (value 3)"),
         ("model.attention=favor", "model.attention: 'favor' is not a group of fields"),

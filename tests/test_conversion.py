@@ -242,7 +242,15 @@ def test_favor_conversion_keeps_the_weights_and_reports_on_every_layer(tmp_path,
     assert run(generalized) == 0
     assert "no estimate of softmax attention" in capsys.readouterr().err
     assert run([*command[:4], str(tmp_path / "none"), "--set", "model.num_layers=3"]) == 1
-    assert "only fields of model.attention can be set here" in capsys.readouterr().err
+    assert "only model.exact_layers and fields of model.attention" in capsys.readouterr().err
+    clustered = [*command[:4], str(tmp_path / "clustered"), "--attention", "clustered", "--num-proteins", "1"]
+    assert run([*clustered, "--set", "model.exact_layers=[1]"]) == 0
+    assert "Distance from exact attention, on 1 x 512 random residues" in capsys.readouterr().out
+    config = open_session(tmp_path / "clustered", device="cpu", precision="fp32").model.config
+    assert (config.attention.kind, config.exact_layers) == ("clustered", [1])
+    wrong = [*clustered[:4], str(tmp_path / "wrong"), "--attention", "clustered"]
+    assert run([*wrong, "--set", "model.exact_layers=[9]"]) == 1
+    assert "model.exact_layers: [9] is not allowed" in capsys.readouterr().err
 
 
 def test_export_is_loaded_by_transformers_with_equal_outputs_and_converts_back_exactly(tmp_path, esm2, proteins):

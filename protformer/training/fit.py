@@ -31,7 +31,7 @@ from protformer.device import (
     peak_memory_gb,
 )
 from protformer.errors import ConfigError, InterruptedRunError
-from protformer.evaluation.masked_lm import MaskedLmScores, masked_lm_loss_sum
+from protformer.evaluation.masked_lm import MaskedLmScores
 from protformer.model.masked_lm_head import ProteinLanguageModel
 from protformer.model_description import ModelDescription, TrainingProvenance
 from protformer.training.callbacks import (
@@ -127,7 +127,7 @@ def train(
         row_tokens=config.data.max_residues // ranks.context_parallel,
         device=torch_device,
         with_others=ranks.num_ranks > 1 and (ranks.context_parallel > 1 or config.training.strategy == "fsdp"),
-        loss_sum=masked_lm_loss_sum if distillation is None else distillation,
+        loss_sum=distillation,
     )
     task = MaskedLmTask(model, config.training, micro_batches)
     datamodule = ProteinDataModule(corpus, validation_sets, config, batch_rows=step_rows, ranks=ranks)

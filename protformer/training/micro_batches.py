@@ -39,12 +39,12 @@ class MicroBatches:
         row_tokens: int,
         device: torch.device,
         with_others: bool = False,
-        loss_sum: Callable[[ProteinLanguageModel, MaskedBatch], Tensor] = masked_lm_loss_sum,
+        loss_sum: Callable[[ProteinLanguageModel, MaskedBatch], Tensor] | None = None,
     ) -> None:
         """`step_rows` rows of `row_tokens` tokens make a step on this rank.
 
         `with_others`: ranks exchange numbers on the way through the model, so none can have other parts than the rest.
-        `loss_sum` is a loss that has a share for each asked position.
+        `loss_sum` has a share for each asked position; if not given, it is their cross-entropy.
         """
         self.loss_sum = loss_sum
         self.step_rows, self.row_tokens = step_rows, row_tokens
@@ -85,7 +85,7 @@ class MicroBatches:
     def _backward_in_parts(self, model: ProteinLanguageModel, batch: MaskedBatch, num_asked: int) -> Tensor:
         loss_sum = torch.zeros((), device=batch.inputs.device)
         for part in batch.split(self.rows):
-            part_sum = self.loss_sum(model, part)
+            part_sum = (self.loss_sum or masked_lm_loss_sum)(model, part)
             with torch.autocast(part_sum.device.type, enabled=False):
                 (part_sum / max(1, num_asked)).backward()
             loss_sum += part_sum.detach()
