@@ -43,7 +43,7 @@ class ModelConfig:
     direction: Direction = "bidirectional"
     """`bidirectional` is a masked language model, `unidirectional` predicts each next residue from those before."""
     attention: AttentionConfig = field(default_factory=FavorConfig)
-    exact_layers: list[int] = field(default_factory=list)
+    exact_layers: tuple[int, ...] = ()
     """Layers, counted from 1, that have exact attention instead."""
     qk_norm: bool = False
     """Divide each query and key by its root mean square before the rotary turn, and scale its channels by learned
@@ -71,7 +71,7 @@ class ModelConfig:
         _require(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "above 0")
         layers = self.exact_layers
         are_layers = len(set(layers)) == len(layers) and all(1 <= layer <= self.num_layers for layer in layers)
-        _require(are_layers, "model.exact_layers", layers, f"different numbers from 1 to {self.num_layers}")
+        _require(are_layers, "model.exact_layers", list(layers), f"different numbers from 1 to {self.num_layers}")
         limit = self.max_positions
         if self.positions == "learned":
             has_limit = limit is not None and limit >= 1
@@ -291,7 +291,7 @@ class RunConfig:
         allowed = f"1 with model.attention.kind {kind}: only favor and generalized attention can be split over devices"
         _require(ranks == 1 or kind in ("favor", "generalized"), "training.context_parallel", ranks, allowed)
         exact = self.model.exact_layers
-        _require(ranks == 1 or not exact, "model.exact_layers", exact, "left out with training.context_parallel")
+        _require(ranks == 1 or not exact, "model.exact_layers", list(exact), "left out with training.context_parallel")
         length = self.data.max_residues
         allowed = f"a multiple of training.context_parallel ({ranks}), which gives all devices parts of equal length"
         _require(length % ranks == 0, "data.max_residues", length, allowed)

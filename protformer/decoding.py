@@ -48,11 +48,11 @@ def _decode_value(kind: Any, value: object, path: str) -> object:
         raise ConfigError(
             f"{path}: {value!r} is not one of {', '.join(map(str, choices))}" + suggest(str(value), map(str, choices))
         )
-    if origin is list:
+    if origin in (list, tuple):
         if not isinstance(value, list):
             raise ConfigError(f"{path}: {value!r} is not a list")
-        (member,) = typing.get_args(kind)
-        return [_decode_value(member, item, f"{path}[{i}]") for i, item in enumerate(value)]
+        member = typing.get_args(kind)[0]
+        return origin(_decode_value(member, item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin in (types.UnionType, typing.Union):
         return _decode_union(typing.get_args(kind), value, path)
     return _decode_scalar(kind, value, path)

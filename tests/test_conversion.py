@@ -247,7 +247,7 @@ def test_favor_conversion_keeps_the_weights_and_reports_on_every_layer(tmp_path,
     assert run([*clustered, "--set", "model.exact_layers=[1]"]) == 0
     assert "Distance from exact attention, on 1 x 512 random residues" in capsys.readouterr().out
     config = open_session(tmp_path / "clustered", device="cpu", precision="fp32").model.config
-    assert (config.attention.kind, config.exact_layers) == ("clustered", [1])
+    assert (config.attention.kind, config.exact_layers) == ("clustered", (1,))
     wrong = [*clustered[:4], str(tmp_path / "wrong"), "--attention", "clustered"]
     assert run([*wrong, "--set", "model.exact_layers=[9]"]) == 1
     assert "model.exact_layers: [9] is not allowed" in capsys.readouterr().err

@@ -125,7 +125,7 @@ def test_errors_of_layers_are_those_of_their_definition_and_padding_does_not_cou
 
 
 def test_chosen_layers_have_exact_attention(tmp_path):
-    config = ModelConfig(num_layers=3, num_heads=2, hidden_size=16, attention=CLUSTERED, exact_layers=[1, 3])
+    config = ModelConfig(num_layers=3, num_heads=2, hidden_size=16, attention=CLUSTERED, exact_layers=(1, 3))
     blocks = ProteinLanguageModel(config, seed=0).encoder.blocks
     assert [isinstance(block.attention, ExactAttention) for block in blocks] == [True, False, True]
     for layers in ([0], [4], [2, 2]):
@@ -135,7 +135,7 @@ def test_chosen_layers_have_exact_attention(tmp_path):
 
 def test_exact_layers_have_no_distance_from_exact_attention():
     config = ModelConfig(
-        num_layers=2, num_heads=2, hidden_size=16, attention=FavorConfig(num_features=8), exact_layers=[1]
+        num_layers=2, num_heads=2, hidden_size=16, attention=FavorConfig(num_features=8), exact_layers=(1,)
     )
     first, second = compare_with_exact(
         ProteinLanguageModel(config, seed=0).eval(), [list(range(4, 24)) * 2], advance=lambda count: None

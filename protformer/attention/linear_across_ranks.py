@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from protformer.attention.block_work import Values, compute_dtype, empty_like, of_heads
-from protformer.attention.causal import Past, attend_to_past
+from protformer.attention.causal import attend_to_past
 from protformer.attention.feature_maps import FeatureMap
 from protformer.attention.head_shares import head_shares, largest_share
 from protformer.attention.interface import Heads, Segments
 from protformer.attention.linear import PieceWork, Summary, attend_to_all
+from protformer.attention.past import Past
 from protformer.attention.pieces import Piece, lay_out
 from protformer.attention.sequence_group import SequenceGroup, Window
 from protformer.device import in_threads

@@ -7,11 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protformer.attention.block_work import Values, compute_dtype
-from protformer.attention.causal import Past, attend_one_step, attend_to_past, no_past
+from protformer.attention.causal import attend_to_past
 from protformer.attention.feature_maps import FeatureMap
 from protformer.attention.interface import Attention, AttentionWeights, Heads, Segments
 from protformer.attention.linear import attend_to_all
 from protformer.attention.linear_across_ranks import attend_to_all_across_ranks, attend_to_past_across_ranks
+from protformer.attention.past import Past, attend_one_step, no_past
 from protformer.attention.random_features import RandomFeatures
 from protformer.attention.sequence_group import SequenceGroup
 from protformer.attention.weights import weights_by_identity

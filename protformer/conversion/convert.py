@@ -47,7 +47,7 @@ def convert(
     reader = _Reader(pretrained, layout)
     config = replace(layout.model, rotary_rounding=reader.rotary_rounding())
     if attention is not None:
-        config = replace(config, attention=attention, exact_layers=list(exact_layers))
+        config = replace(config, attention=attention, exact_layers=tuple(exact_layers))
     weights = dict(reader.weights())
     has_lm_head = any(name.startswith("head.") for name in weights)
     with torch.random.fork_rng(devices=[]):

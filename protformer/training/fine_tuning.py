@@ -126,7 +126,7 @@ def load_initial_weights(model: ProteinLanguageModel, initial: InitialWeights) -
 
 def load_teacher(config: ModelConfig, initial: InitialWeights) -> ProteinLanguageModel:
     """The model that a run began from, with exact attention in all layers."""
-    teacher = ProteinLanguageModel(replace(config, attention=ExactConfig(), exact_layers=[], dropout=0.0), seed=0)
+    teacher = ProteinLanguageModel(replace(config, attention=ExactConfig(), exact_layers=(), dropout=0.0), seed=0)
     load_initial_weights(teacher, initial)
     return teacher.eval().requires_grad_(False)
 
