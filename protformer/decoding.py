@@ -49,7 +49,7 @@ def _decode_value(kind: Any, value: object, path: str) -> object:
             f"{path}: {value!r} is not one of {', '.join(map(str, choices))}" + suggest(str(value), map(str, choices))
         )
     if origin in (list, tuple):
-        if not isinstance(value, list):
+        if not isinstance(value, list | tuple):
             raise ConfigError(f"{path}: {value!r} is not a list")
         member = typing.get_args(kind)[0]
         return origin(_decode_value(member, item, f"{path}[{i}]") for i, item in enumerate(value))

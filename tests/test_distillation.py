@@ -124,11 +124,11 @@ def test_errors_of_layers_are_those_of_their_definition_and_padding_does_not_cou
     torch.testing.assert_close(attention_errors(student, teacher, padded, own), errors, rtol=1e-4, atol=1e-6)
 
 
-def test_chosen_layers_have_exact_attention(tmp_path):
+def test_chosen_layers_have_exact_attention():
     config = ModelConfig(num_layers=3, num_heads=2, hidden_size=16, attention=CLUSTERED, exact_layers=(1, 3))
     blocks = ProteinLanguageModel(config, seed=0).encoder.blocks
     assert [isinstance(block.attention, ExactAttention) for block in blocks] == [True, False, True]
-    for layers in ([0], [4], [2, 2]):
+    for layers in ((0,), (4,), (2, 2)):
         with pytest.raises(ConfigError, match=r"model\.exact_layers"):
             replace(config, exact_layers=layers)
 
