@@ -9,8 +9,9 @@ from small_model import write_model
 from protformer.alphabet import EOS, STANDARD_RESIDUES, TOKENS
 from protformer.cli import run
 from protformer.config import ExactConfig, FavorConfig
-from protformer.corpus.fasta import read_fasta
+from protformer.corpus.fasta import SequenceRecord, read_fasta
 from protformer.errors import ConfigError, InputError
+from protformer.inference.batches import length_sorted_batches
 from protformer.inference.contacts import predict_contacts
 from protformer.inference.embed import LengthLimit, LengthReport, embed, resolve_layer
 from protformer.inference.hdf5_embeddings import escape_id
@@ -67,6 +68,18 @@ def test_embeddings_are_those_of_each_protein_alone_in_input_order(session, fast
         expected = naive_states(session, record)
         np.testing.assert_allclose(embedding.residue, expected, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(embedding.protein, expected.mean(axis=0), rtol=1e-4, atol=1e-5)
+
+
+def test_batches_on_a_cpu_hold_at_most_as_many_tokens_as_stay_in_the_caches(session):
+    records = [SequenceRecord(id=str(i), header="", tokens=bytes([5] * 99), line=1) for i in range(60)]
+
+    def rows(max_tokens):
+        config, device = session.model.config, session.device
+        batches = length_sorted_batches(records, max_tokens=max_tokens, model=config, device=device)
+        return [len(batch.records) for batch in batches]
+
+    assert rows(1000) == [10] * 6
+    assert rows(16_384) == [20] * 3
 
 
 def test_a_unidirectional_model_embeds_each_residue_from_those_before_and_itself(tmp_path, fasta):

@@ -11,10 +11,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from protformer.config import RunConfig
 from protformer.evaluation.attention_error import attention_errors
 from protformer.evaluation.masked_lm import IGNORE, MaskedBatch
 from protformer.model.masked_lm_head import ProteinLanguageModel
 from protformer.training.callbacks import StepCallback
+from protformer.training.fine_tuning import InitialWeights, load_teacher
 from protformer.training.masked_lm import MaskedLmTask
 from protformer.training.ranks import over_ranks
 from protformer.training.run_folder import RunFolder, append_metrics, keep_metrics_until
@@ -41,6 +43,14 @@ class Distillation:
 
     def reset(self) -> None:
         self.sums, self.num_asked = torch.zeros(self.num_layers), 0
+
+
+def build_distillation(config: RunConfig, initial: InitialWeights | None) -> Distillation | None:
+    """What a run learns by in place of masked language modelling, if it is to."""
+    if not config.training.distill:
+        return None
+    assert initial is not None, "refused by check_fine_tuning"
+    return Distillation(load_teacher(config.model, initial))
 
 
 class DistillationLog(StepCallback):

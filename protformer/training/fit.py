@@ -43,14 +43,13 @@ from protformer.training.callbacks import (
 )
 from protformer.training.curves import draw_curves
 from protformer.training.datamodule import ProteinDataModule
-from protformer.training.distillation import Distillation, DistillationLog
+from protformer.training.distillation import Distillation, DistillationLog, build_distillation
 from protformer.training.fine_tuning import (
     InitialWeights,
     add_lora,
     freeze_lower_layers,
     learn_attention_only,
     load_initial_weights,
-    load_teacher,
     merge_adapters,
     read_initial_weights,
 )
@@ -117,18 +116,8 @@ def train(
     torch.manual_seed(config.seed)
     initial = read_initial_weights(run)
     model = _build_model(config, counts, None if run.checkpoint.exists() else initial)
-    distillation = None
-    if config.training.distill:
-        assert initial is not None
-        distillation = Distillation(load_teacher(config.model, initial))
-    micro_batches = MicroBatches(
-        config.training.accumulate_batches,
-        step_rows=step_rows,
-        row_tokens=config.data.max_residues // ranks.context_parallel,
-        device=torch_device,
-        with_others=ranks.num_ranks > 1 and (ranks.context_parallel > 1 or config.training.strategy == "fsdp"),
-        loss_sum=distillation,
-    )
+    distillation = build_distillation(config, initial)
+    micro_batches = _build_micro_batches(config, ranks, distillation, step_rows=step_rows, device=torch_device)
     task = MaskedLmTask(model, config.training, micro_batches)
     datamodule = ProteinDataModule(corpus, validation_sets, config, batch_rows=step_rows, ranks=ranks)
     callbacks = _build_callbacks(
@@ -184,6 +173,20 @@ def _build_model(config: RunConfig, counts: list[int], initial: InitialWeights |
     if config.training.compile:
         model.encoder.compile_layers()
     return model
+
+
+def _build_micro_batches(
+    config: RunConfig, ranks: RankLayout, distillation: Distillation | None, *, step_rows: int, device: torch.device
+) -> MicroBatches:
+    """The parts of a step, and the loss that is summed over them."""
+    return MicroBatches(
+        config.training.accumulate_batches,
+        step_rows=step_rows,
+        row_tokens=config.data.max_residues // ranks.context_parallel,
+        device=device,
+        with_others=ranks.num_ranks > 1 and (ranks.context_parallel > 1 or config.training.strategy == "fsdp"),
+        loss_sum=distillation,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
