@@ -11,7 +11,7 @@ from protformer.cli import run
 from protformer.config import ExactConfig, FavorConfig
 from protformer.corpus.fasta import SequenceRecord, read_fasta
 from protformer.errors import ConfigError, InputError
-from protformer.inference.batches import length_sorted_batches
+from protformer.inference import batches
 from protformer.inference.contacts import predict_contacts
 from protformer.inference.embed import LengthLimit, LengthReport, embed, resolve_layer
 from protformer.inference.hdf5_embeddings import escape_id
@@ -59,8 +59,10 @@ def naive_states(session, record):
         return session.model.encoder(tokens, torch.ones_like(tokens)).hidden[0, :-1].numpy()
 
 
+@pytest.mark.parametrize("packed", [("cpu",), ()], ids=["packed", "padded"])
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
-def test_embeddings_are_those_of_each_protein_alone_in_input_order(session, fasta, batch_tokens):
+def test_embeddings_are_those_of_each_protein_alone_in_input_order(session, fasta, batch_tokens, packed, monkeypatch):
+    monkeypatch.setattr(batches, "PACKED", packed)
     records = list(read_fasta(fasta))
     found = embeddings(session, records, batch_tokens=batch_tokens)
     assert [(e.id, e.length) for e in found] == [(r.id, len(r)) for r in records]
@@ -71,15 +73,22 @@ def test_embeddings_are_those_of_each_protein_alone_in_input_order(session, fast
 
 
 def test_batches_on_a_cpu_hold_at_most_as_many_tokens_as_stay_in_the_caches(session):
-    records = [SequenceRecord(id=str(i), header="", tokens=bytes([5] * 99), line=1) for i in range(60)]
+    assert shapes(session, [99] * 60, 1000) == [(1, 1000)] * 6
+    assert shapes(session, [99] * 60, 16_384) == [(1, 2000)] * 3
 
-    def rows(max_tokens):
-        config, device = session.model.config, session.device
-        batches = length_sorted_batches(records, max_tokens=max_tokens, model=config, device=device)
-        return [len(batch.records) for batch in batches]
 
-    assert rows(1000) == [10] * 6
-    assert rows(16_384) == [20] * 3
+def test_proteins_share_a_row_on_cpus_and_are_padded_elsewhere(session, monkeypatch):
+    assert shapes(session, [10, 3, 90, 9], 24) == [(1, 91), (1, 21), (1, 4)]
+    monkeypatch.setattr(batches, "PACKED", ())
+    assert shapes(session, [10, 3, 90, 9], 24) == [(1, 91), (2, 11), (1, 4)]
+    assert shapes(session, [10, 3, 90, 9], 33) == [(1, 91), (3, 11)]
+
+
+def shapes(session, lengths, max_tokens):
+    records = [SequenceRecord(id=str(n), header="", tokens=bytes([5] * n), line=1) for n in lengths]
+    config, device = session.model.config, session.device
+    found = batches.length_sorted_batches(records, max_tokens=max_tokens, model=config, device=device)
+    return [tuple(batch.tokens.shape) for batch in found]
 
 
 def test_a_unidirectional_model_embeds_each_residue_from_those_before_and_itself(tmp_path, fasta):

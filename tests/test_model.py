@@ -7,9 +7,18 @@ import torch
 
 from protformer.alphabet import EOS, FIRST_RESIDUE, LAST_RESIDUE, MASK, NUM_TOKENS, PAD
 from protformer.config import ExactConfig, FavorConfig, GeneralizedConfig, ModelConfig, load_run_config
+from protformer.lora_config import LoraConfig
 from protformer.model import encoder
 from protformer.model.masked_lm_head import ProteinLanguageModel
-from protformer.model.rotary import positions_in_segments, rotary_angles, rotate, split_and_rotate
+from protformer.model.rotary import (
+    neighbours_of_halves,
+    positions_in_segments,
+    rotary_angles,
+    rotate,
+    rotate_neighbours,
+    split_and_rotate,
+)
+from protformer.training.fine_tuning import add_lora
 
 KINDS = [FavorConfig(num_features=16), GeneralizedConfig(num_features=16), ExactConfig()]
 
@@ -140,6 +149,38 @@ def test_splitting_and_rotating_at_once_gives_values_and_gradients_of_doing_so_a
     for expected, found in zip(*results, strict=True):
         assert found.dtype == dtype
         torch.testing.assert_close(found, expected)
+
+
+def test_rotating_neighbours_is_rotating_halves_in_another_order_of_channels():
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 3, 8)
+    turn = rotary_angles(torch.stack([torch.arange(7), torch.arange(40, 47)]), 8)
+    expected = rotate(x.transpose(1, 2), *turn).transpose(1, 2).flatten(2)
+    order = neighbours_of_halves(3, 8)
+    assert order[:8].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    found = x.flatten(2)[..., order].unflatten(-1, (3, 8))
+    rotate_neighbours(found, *turn)
+    torch.testing.assert_close(found.flatten(2), expected[..., order])
+
+
+@pytest.mark.parametrize("direction", ["bidirectional", "unidirectional"])
+@pytest.mark.parametrize("attention", KINDS, ids=lambda a: a.kind)
+@pytest.mark.parametrize("is_adapted", [False, True], ids=["plain", "lora"])
+def test_states_are_the_same_in_inference_mode(attention, direction, is_adapted):
+    model = make_model(attention, direction)
+    if is_adapted:
+        pytest.importorskip("peft")
+        add_lora(model, LoraConfig(rank=2, alpha=4, targets=["query_key_value"]))
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                torch.nn.init.normal_(parameter)
+    row = torch.stack([protein(30, 1), torch.cat([protein(20, 2), protein(9, 3)])])
+    segments = torch.ones_like(row)
+    segments[1, 21:] = 2
+    expected = model.encoder(row, segments).hidden
+    with torch.inference_mode():
+        found = model.encoder(row, segments).hidden
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("direction", ["bidirectional", "unidirectional"])

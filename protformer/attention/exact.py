@@ -18,6 +18,8 @@ from protformer.config import ExactConfig
 class ExactAttention(Attention):
     """softmax(q k^T / sqrt(head_dim)) v; has neither parameters nor features, so seed and layer do not matter."""
 
+    any_channel_order = True
+
     def __init__(
         self, config: ExactConfig, *, head_dim: int, num_heads: int, causal: bool, seed: int, layer: int
     ) -> None:
@@ -32,7 +34,8 @@ class ExactAttention(Attention):
         if not self.causal and bool(((segments == 0) | (segments == largest)).all()):
             return _attend_without_padding_keys(q, k, v, segments)
         rows = zip(segments, q.split(1), k.split(1), v.split(1), strict=True)
-        return torch.cat([self._attend_by_segment(*row) for row in rows])
+        attended = [self._attend_by_segment(*row) for row in rows]
+        return attended[0] if len(attended) == 1 else torch.cat(attended)
 
     def weights(self, q: Heads, k: Heads, segments: Segments) -> AttentionWeights:
         dtype = torch.promote_types(q.dtype, torch.float32)
@@ -55,7 +58,9 @@ class ExactAttention(Attention):
     ) -> Float[Tensor, "1 head residue head_dim"]:
         ids, lengths = zip(*runs(segments), strict=True)
         parts = zip(ids, q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
-        return torch.cat([self._attend(q, k, v) if id_ else torch.zeros_like(v) for id_, q, k, v in parts], dim=2)
+        attended = [self._attend(q, k, v) if id_ else torch.zeros_like(v) for id_, q, k, v in parts]
+        # Joined in the order in which torch's kernels write on CPUs, and in which the heads of a residue are joined.
+        return torch.cat([part.transpose(1, 2) for part in attended], dim=1).transpose(1, 2)
 
 
 def _attend_without_padding_keys(q: Heads, k: Heads, v: Heads, segments: Segments) -> Heads:

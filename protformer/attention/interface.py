@@ -23,6 +23,9 @@ AttentionWeights = Float[Tensor, "batch head residue residue"]
 class Attention(nn.Module, ABC):
     """One kind of attention over one layer's queries, keys and values."""
 
+    any_channel_order = False
+    """Whether queries and keys matter only by their inner products, so that their channels may come in any order."""
+
     @abstractmethod
     def forward(self, q: Heads, k: Heads, v: Heads, segments: Segments) -> Heads:
         """Attended values; rows of padding are zero. Scaling by head_dim ** -0.5 happens inside."""

@@ -154,11 +154,8 @@ def _merge_windows(
 @torch.inference_mode()
 def _hidden_states(encoder: Encoder, batch: InferenceBatch, layer: int) -> dict[int, Float[Tensor, "_ channel"]]:
     hidden = encoder(batch.tokens, batch.segments, num_layers=layer).hidden.float().cpu()
-    first = batch.first_residue
-    return {
-        place: hidden[row, first : first + len(record)].clone()
-        for row, (place, record) in enumerate(zip(batch.order, batch.records, strict=True))
-    }
+    places = zip(batch.order, batch.records, batch.first_residues, strict=True)
+    return {place: hidden[row, first : first + len(record)].clone() for place, record, (row, first) in places}
 
 
 def _is_truncated(record: SequenceRecord, limit: LengthLimit) -> bool:

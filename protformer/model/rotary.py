@@ -60,6 +60,25 @@ def split_and_rotate(
     return q, k, v
 
 
+def rotate_neighbours(
+    x: Float[Tensor, "batch residue head head_dim"],
+    cosine: Float[Tensor, "batch 1 residue pair"],
+    sine: Float[Tensor, "batch 1 residue pair"],
+) -> None:
+    """Turn x in its place, of which channels 2 c and 2 c + 1 are a pair: one complex product, without a copy.
+
+    For float32 without autograd; several times faster than turning halves where heads are small.
+    """
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    pairs *= torch.complex(cosine, sine).transpose(1, 2)
+
+
+def neighbours_of_halves(num_heads: int, head_dim: int) -> Int[Tensor, " channel"]:
+    """Channels of heads in the order in which the two of a pair are neighbours: 0, head_dim / 2, 1, ..."""
+    halves = torch.arange(num_heads * head_dim).view(num_heads, 2, head_dim // 2)
+    return halves.transpose(1, 2).flatten()
+
+
 class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, projected: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
