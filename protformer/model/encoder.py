@@ -279,14 +279,16 @@ class Block(nn.Module):
         return (q, k, v) if angles is None else (rotate(q, *angles), rotate(k, *angles), v)
 
     def _may_reorder_channels(self, x: Tensor) -> bool:
-        """Whether queries and keys may come in another order of channels, which is faster for small heads."""
+        """Whether queries and keys may come in another order of channels, which CPUs turn faster if heads are small."""
         return (
-            torch.is_inference_mode_enabled()
+            not torch.compiler.is_compiling()
+            and torch.is_inference_mode_enabled()
+            and x.device.type == "cpu"
             and self.attention.any_channel_order
             and isinstance(self.query_norm, nn.Identity)
             and type(self.query_key_value) is nn.Linear  # an adapter has weights of its own
             and x.dtype == torch.float32
-            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.is_autocast_enabled("cpu")
         )
 
     def _project_in_pairs(
@@ -294,8 +296,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `_project`, with the two channels of a rotary pair side by side, and views instead of copies."""
         size = x.shape[-1]
-        order = torch.arange(3 * size, device=x.device)
-        order[: 2 * size] = neighbours_of_halves(2 * self.num_heads, size // self.num_heads).to(x.device)
+        order = torch.arange(3 * size)
+        order[: 2 * size] = neighbours_of_halves(2 * self.num_heads, size // self.num_heads)
         weight, bias = self.query_key_value.weight[order], self.query_key_value.bias[order]
         projected = F.linear(x, weight, bias).unflatten(-1, (3 * self.num_heads, -1))
         rotate_neighbours(projected[:, :, : 2 * self.num_heads], *angles)
