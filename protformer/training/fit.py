@@ -137,22 +137,8 @@ def train(
             devices=devices,
             num_nodes=num_nodes,
         )
-        with (
-            callbacks.stop.listening(),
-            memory_refused_in_time(torch_device),
-            losses_of_ranks_told(config.training),
-        ):
-            _fit(trainer, task, datamodule, run)
-            callbacks.checkpointing.save(trainer, task)
-            if callbacks.stop.signal_name is None:
-                callbacks.metrics.finish(trainer, task)
-            callbacks.metrics.close()
-            callbacks.status.write(trainer)
-    if callbacks.stop.signal_name is not None:
-        raise InterruptedRunError(
-            f"stopped by {callbacks.stop.signal_name} after step {trainer.global_step}; the state is saved in"
-            f" {run.checkpoint}; add --resume to go on"
-        )
+        with memory_refused_in_time(torch_device), losses_of_ranks_told(config.training):
+            _fit(trainer, task, datamodule, run, callbacks)
     return _summarize(config, run, callbacks.metrics, steps=trainer.global_step, device=torch_device)
 
 
@@ -338,9 +324,23 @@ def _build_trainer(
     )
 
 
-def _fit(trainer: pl.Trainer, task: MaskedLmTask, datamodule: ProteinDataModule, run: RunFolder) -> None:
-    checkpoint = run.checkpoint if run.checkpoint.exists() else None
-    trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+def _fit(
+    trainer: pl.Trainer, task: MaskedLmTask, datamodule: ProteinDataModule, run: RunFolder, callbacks: _Callbacks
+) -> None:
+    """From the last checkpoint on until the end or a signal. Raises InterruptedRunError after a signal."""
+    with callbacks.stop.listening():
+        checkpoint = run.checkpoint if run.checkpoint.exists() else None
+        trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        callbacks.checkpointing.save(trainer, task)
+        if callbacks.stop.signal_name is None:
+            callbacks.metrics.finish(trainer, task)
+        callbacks.metrics.close()
+        callbacks.status.write(trainer)
+    if callbacks.stop.signal_name is not None:
+        raise InterruptedRunError(
+            f"stopped by {callbacks.stop.signal_name} after step {trainer.global_step}; the state is saved in"
+            f" {run.checkpoint}; add --resume to go on"
+        )
 
 
 def _describe(
