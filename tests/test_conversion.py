@@ -23,6 +23,7 @@ from protformer.cli import run
 from protformer.config import ExactConfig, ModelConfig
 from protformer.conversion.vocabulary import ALIASES
 from protformer.corpus.fasta import SequenceRecord, read_fasta
+from protformer.inference import batches
 from protformer.inference.contacts import predict_contacts
 from protformer.inference.embed import LengthLimit, LengthReport, embed
 from protformer.inference.session import open_session
@@ -105,8 +106,11 @@ def esm2(tmp_path_factory):
     return folder, esm(folder / "theirs"), convert(folder / "theirs", folder / "ours")
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 10_000])
-def test_embeddings_are_those_of_the_original_alone_and_padded(esm2, proteins, batch_tokens):
+@pytest.mark.parametrize(("batch_tokens", "packed"), [(1, ()), (10_000, ()), (10_000, ("cpu",))])
+def test_embeddings_are_those_of_the_original_alone_padded_and_packed(
+    esm2, proteins, batch_tokens, packed, monkeypatch
+):
+    monkeypatch.setattr(batches, "PACKED", packed)
     _, oracle, session = esm2
     limit, report = LengthLimit(), LengthReport()
     found = embed(session, proteins, per="residue", layer=2, limit=limit, report=report, batch_tokens=batch_tokens)

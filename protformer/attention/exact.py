@@ -34,8 +34,8 @@ class ExactAttention(Attention):
         if not self.causal and bool(((segments == 0) | (segments == largest)).all()):
             return _attend_without_padding_keys(q, k, v, segments)
         rows = zip(segments, q.split(1), k.split(1), v.split(1), strict=True)
-        attended = [self._attend_by_segment(*row) for row in rows]
-        return attended[0] if len(attended) == 1 else torch.cat(attended)
+        attended = [self._attend_by_segment(*row).transpose(1, 2) for row in rows]
+        return (attended[0] if len(attended) == 1 else torch.cat(attended)).transpose(1, 2)
 
     def weights(self, q: Heads, k: Heads, segments: Segments) -> AttentionWeights:
         dtype = torch.promote_types(q.dtype, torch.float32)

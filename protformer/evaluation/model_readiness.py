@@ -125,6 +125,9 @@ def _shallow_copy(model: ProteinLanguageModel) -> ProteinLanguageModel:
 class _ExactOfSameKernel(ExactAttention):
     """Softmax attention of the queries and keys that a FAVOR+ layer takes its features of."""
 
+    any_channel_order = False
+    """What the layer has learned, it has learned of the channels as they are."""
+
     def __init__(self, favor: FavorAttention) -> None:
         super().__init__(ExactConfig(), head_dim=0, num_heads=0, causal=favor.causal, seed=0, layer=0)
         self.favor = favor

@@ -3,7 +3,7 @@
 In: `SequenceRecord`s. Out: `InferenceBatch`es. Records are read in chunks of a bounded number of residues, sorted by
 length within the chunk, and cut into batches of at most `max_tokens` tokens; a longer protein makes a batch of its
 own. On CPUs a batch is one row of proteins, each a segment; elsewhere each protein has a row, filled with padding.
-Neither padding nor neighbours change anything, and so does no budget. Memory is bounded by the chunk and the longest
+Padding and neighbours change nothing, so neither does the budget. Memory is bounded by the chunk and the longest
 protein.
 """
 

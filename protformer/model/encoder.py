@@ -103,7 +103,8 @@ class Encoder(nn.Module):
     ) -> Iterator[Float[Tensor, "batch head residue residue"]]:
         """The attention matrices of each layer in turn: O(residue ** 2) memory, for one layer at a time."""
         for block, x, angles in self.layer_inputs(tokens, segments):
-            yield block.attention.weights(*block.queries_keys_values(x, angles)[:2], segments)
+            q, k, _ = block.queries_keys_values(x, angles, any_order=block.attention.any_channel_order)
+            yield block.attention.weights(q, k, segments)
 
     def attention_inputs(
         self, tokens: Int[Tensor, "batch residue"], segments: Int[Tensor, "batch residue"]
@@ -233,7 +234,8 @@ class Block(nn.Module):
     def _compute(
         self, x: Tensor, angles: Angles, segments: Tensor, wanted: Tensor | None
     ) -> Float[Tensor, "*place channel"]:
-        attended = self.attention(*self.queries_keys_values(x, angles), segments).transpose(1, 2)
+        q, k, v = self.queries_keys_values(x, angles, any_order=self.attention.any_channel_order)
+        attended = self.attention(q, k, v, segments).transpose(1, 2)
         if wanted is None:
             return self._finish(x, attended)
         return self._finish(x[wanted].unsqueeze(0), attended[wanted].unsqueeze(0)).squeeze(0)
@@ -255,22 +257,22 @@ class Block(nn.Module):
         return checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=self.dropout.p > 0)
 
     def queries_keys_values(
-        self, x: Float[Tensor, "batch residue channel"], angles: Angles
+        self, x: Float[Tensor, "batch residue channel"], angles: Angles, *, any_order: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (batch, head, residue, head_dim); the former two rotated by their angles."""
+        """Queries, keys and values, each (batch, head, residue, head_dim); the former two rotated by their angles.
+
+        With `any_order` the channels of queries and keys may come in another order, the same for both.
+        """
+        in_pairs = any_order and angles is not None and self._turns_pairs_faster(x)
 
         def project(part: slice) -> tuple[Tensor, Tensor, Tensor]:
             turn = None if angles is None else (angles[0][:, :, part], angles[1][:, :, part])
-            return self._project(x[:, part], turn)
+            return self._project_in_pairs(x[:, part], turn) if in_pairs else self._project(x[:, part], turn)
 
         return in_blocks(project, x, dim=2)
 
     def _project(self, x: Float[Tensor, "batch residue channel"], angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
-        if self.is_pre_norm:
-            x = self.attention_norm(x)
-        if angles is not None and self._may_reorder_channels(x):
-            return self._project_in_pairs(x, angles)
-        projected = self.query_key_value(x)
+        projected = self.query_key_value(self.attention_norm(x) if self.is_pre_norm else x)
         projected = projected.unflatten(-1, (3, self.num_heads, -1))
         if angles is not None and isinstance(self.query_norm, nn.Identity) and not torch.compiler.is_compiling():
             return split_and_rotate(projected, *angles)
@@ -278,30 +280,33 @@ class Block(nn.Module):
         q, k = self.query_norm(q), self.key_norm(k)
         return (q, k, v) if angles is None else (rotate(q, *angles), rotate(k, *angles), v)
 
-    def _may_reorder_channels(self, x: Tensor) -> bool:
-        """Whether queries and keys may come in another order of channels, which CPUs turn faster if heads are small."""
+    def _turns_pairs_faster(self, x: Tensor) -> bool:
+        """Where `_project_in_pairs` is for: float32 inference on CPUs. Training, validation included, has one path."""
         return (
-            not torch.compiler.is_compiling()
-            and torch.is_inference_mode_enabled()
+            torch.is_inference_mode_enabled()
             and x.device.type == "cpu"
-            and self.attention.any_channel_order
-            and isinstance(self.query_norm, nn.Identity)
-            and type(self.query_key_value) is nn.Linear  # an adapter has weights of its own
             and x.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
+            and isinstance(self.query_norm, nn.Identity)
+            and type(self.query_key_value) is nn.Linear  # an adapter has weights of its own
         )
 
     def _project_in_pairs(
-        self, x: Float[Tensor, "batch residue channel"], angles: tuple[Tensor, Tensor]
+        self, x: Float[Tensor, "batch residue channel"], angles: Angles
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `_project`, with the two channels of a rotary pair side by side, and views instead of copies."""
+        """As `_project`, with the channels of a rotary pair side by side: turned in their place, and never copied.
+
+        What is reordered is the weight, which is smaller than what comes of it.
+        """
+        assert angles is not None
         size = x.shape[-1]
         order = torch.arange(3 * size)
         order[: 2 * size] = neighbours_of_halves(2 * self.num_heads, size // self.num_heads)
         weight, bias = self.query_key_value.weight[order], self.query_key_value.bias[order]
-        projected = F.linear(x, weight, bias).unflatten(-1, (3 * self.num_heads, -1))
-        rotate_neighbours(projected[:, :, : 2 * self.num_heads], *angles)
-        q, k, v = projected.transpose(1, 2).chunk(3, dim=1)
+        projected = F.linear(self.attention_norm(x) if self.is_pre_norm else x, weight, bias)
+        heads = projected.unflatten(-1, (3 * self.num_heads, -1))
+        rotate_neighbours(heads[:, :, : 2 * self.num_heads], *angles)
+        q, k, v = heads.transpose(1, 2).chunk(3, dim=1)
         return q, k, v
 
     def _after_attention(

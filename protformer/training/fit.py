@@ -389,6 +389,8 @@ def _lightning_kept_quiet() -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")
         warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
-        yield
-    for logger, level in before:
-        logger.setLevel(level)
+        try:
+            yield
+        finally:
+            for logger, level in before:
+                logger.setLevel(level)
