@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import shutil
 import signal
 
@@ -21,6 +22,8 @@ from small_runs import (
 
 from protformer.cli import run
 from protformer.corpus.token_store import MANIFEST_FILE, build_token_store
+from protformer.errors import InterruptedRunError
+from protformer.training import fit
 
 
 @pytest.fixture(scope="module")
@@ -280,3 +283,17 @@ def test_a_prepared_split_is_trained_and_validated_on_as_it_lies(fasta, tmp_path
     assert metrics(out)[-1]["val_loss"]
     other = arguments(split / "train", out, "--val-fasta", split / "test", "--resume")
     assert "the run began with" in fails_with(capsys, other)
+
+
+def test_lightnings_loggers_are_as_before_also_after_a_stop():
+    logger = logging.getLogger("lightning.pytorch")
+    before = logger.level
+
+    @fit._lightning_kept_quiet()
+    def stopped():
+        assert logger.level == logging.ERROR != before
+        raise InterruptedRunError("stopped")
+
+    with pytest.raises(InterruptedRunError):
+        stopped()
+    assert logger.level == before
