@@ -10,12 +10,14 @@ import warnings
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import RESIDUE_LETTERS, FastaText, fasta_texts, sequences
 
 from protformer.corpus.fasta import FastaReport, SequenceRecord, read_batches, read_fasta
+from protformer.corpus.letters import count_codes
 from protformer.errors import InputError
 
 zstandard = pytest.importorskip("zstandard")
@@ -421,3 +423,19 @@ def outcome(path: Path, **options) -> tuple[list[SequenceRecord], str | None]:
     except InputError as error:
         return records, str(error)
     return records, None
+
+
+@given(st.binary(max_size=400) | st.lists(st.integers(2, 28), max_size=400).map(bytes))
+def test_count_codes_counts_every_byte_value(codes):
+    assert count_codes(codes).tolist() == [codes.count(value) for value in range(256)]
+
+
+@given(fasta_texts())
+def test_batches_count_their_tokens(tmp_path_factory, fasta: FastaText):
+    path = write(tmp_path_factory.getbasetemp(), fasta.content, "hypothesis.fasta")
+    for batch in read_batches([path], on_duplicate="allow"):
+        counts = [batch.tokens.count(value) for value in range(256)]
+        assert batch.token_counts.tolist() == counts
+        chosen = np.arange(len(batch)) % 2 == 0
+        some = batch.select(chosen)
+        assert some.token_counts.tolist() == [some.tokens.count(value) for value in range(256)]

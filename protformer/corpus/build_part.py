@@ -118,13 +118,13 @@ def _begin(folder: Path, task: PartTask, leaving: ExitStack) -> StoreFiles:
 
 def _append(files: list[StoreFiles], batch: RecordBatch, divide: Divide | None) -> None:
     if divide is None:
-        files[0].append(batch.id_words, batch.tokens, batch.ends)
+        files[0].append(batch.id_words, batch.tokens, batch.ends, batch.token_counts)
         return
     numbers = divide(batch)
     for number, each in enumerate(files):
         if (chosen := numbers == number).any():
             some = batch.select(chosen)
-            each.append(some.id_words, some.tokens, some.ends)
+            each.append(some.id_words, some.tokens, some.ends, some.token_counts)
 
 
 def _read(chosen: ByteRange, report: FastaReport, consumed: Callable[[int], None]) -> Iterator[RecordBatch]:

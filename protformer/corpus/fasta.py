@@ -171,8 +171,7 @@ def _whole_records(blocks: Iterator[bytes]) -> Iterator[bytes]:
     for block in blocks:
         cut = block.rfind(b"\n>") + 1
         if cut or (pending and block.startswith(b">") and pending[-1].endswith(b"\n")):
-            pending.append(block[:cut])
-            yield b"".join(pending)
+            yield b"".join([*pending, memoryview(block)[:cut]])
             pending = []
         pending.append(block[cut:])
     yield b"".join(pending)

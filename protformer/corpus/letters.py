@@ -7,7 +7,10 @@ dropped and an inner one becomes X.
 
 from dataclasses import dataclass
 
-from protformer.alphabet import EOS, INVALID, LETTER_TABLE, RESIDUE_TO_TOKEN
+import numpy as np
+from numpy.typing import NDArray
+
+from protformer.alphabet import EOS, INVALID, LETTER_TABLE, NUM_TOKENS, RESIDUE_TO_TOKEN
 
 CLOSE = bytes([EOS])
 """What closes every protein in a run of several."""
@@ -25,6 +28,21 @@ class LetterChanges:
     trailing_stop_dropped: int = 0
     inner_stop_to_x: int = 0
     gaps_removed: int = 0
+
+
+def count_codes(codes: bytes) -> NDArray[np.int64]:
+    """(256,) How often each byte occurs. Counting pairs of bytes takes half the time of counting bytes."""
+    array = np.frombuffer(codes, np.uint8)
+    num_paired = len(array) // 2 * 2
+    pairs = array[:num_paired].view(np.uint16)
+    table = np.bincount(pairs, minlength=NUM_TOKENS << 8)
+    if len(table) > NUM_TOKENS << 8:  # bytes that are no tokens
+        table = np.bincount(pairs, minlength=1 << 16)
+    table = table.reshape(-1, 256)
+    counts: NDArray[np.int64] = table.sum(axis=0)
+    counts[: len(table)] += table.sum(axis=1)
+    counts[array[num_paired:]] += 1
+    return counts
 
 
 def change_letters(codes: bytes) -> tuple[bytes, LetterChanges]:

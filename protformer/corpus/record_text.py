@@ -9,6 +9,7 @@ one: records and messages are the same either way.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from protformer.corpus.letters import (
     LETTER_OR_CLOSE_CODES,
     LetterChanges,
     change_letters,
+    count_codes,
     find_bad_letter,
 )
 from protformer.corpus.records import FastaReport, RecordBatch, Words
@@ -48,20 +50,23 @@ class RecordParser:
             yield batch
         else:
             yield from _read_one_by_one(text, self.line, self.source_name, self.report)
-        self.line += len(layout.line_ends)
+        self.line += layout.num_lines
 
 
 def make_batch(ids: list[str], headers: list[str], proteins: list[bytes], lines: list[int]) -> RecordBatch:
     """A batch of single proteins, given without <eos>."""
+    tokens = b"".join([protein + CLOSE for protein in proteins])
     return RecordBatch(
         id_words=Words.of(ids),
         header_words=Words.of(headers),
-        tokens=b"".join([protein + CLOSE for protein in proteins]),
+        tokens=tokens,
+        token_counts=count_codes(tokens),
         ends=np.cumsum([len(protein) + 1 for protein in proteins], dtype=np.int64),
         lines=np.array(lines, dtype=np.int64),
     )
 
 
+@cache
 def _keep_freed_memory() -> None:
     """Let the C library keep what it frees between blocks, instead of asking the kernel for zeroed pages each time.
 
@@ -84,24 +89,29 @@ def _read_at_once(layout: "_Layout", line: int, report: FastaReport) -> RecordBa
     spans = zip(starts.tolist(), stops.tolist(), strict=True)
     sequences = b"".join([*[view[start:stop] for start, stop in spans], b">"])
     tokens = sequences.translate(LETTER_OR_CLOSE_CODES, b"\n")
-    changes = LetterChanges()
-    largest = np.frombuffer(tokens, np.uint8).max()
-    if largest == INVALID:
+    changes, counts = LetterChanges(), count_codes(tokens)
+    if counts[INVALID] or counts[EOS] != len(starts):
         return None
-    if largest > LAST_RESIDUE:
+    if counts[LAST_RESIDUE + 1 :].any():
         tokens, changes = change_letters(tokens)
+        counts = count_codes(tokens)
         ends = np.flatnonzero(np.frombuffer(tokens, np.uint8) == EOS) + 1
-        num_closed = len(ends)
     else:
         stops[-1] += 1  # the `>` that closes the last one
-        num_lines = _shifted(layout.header_lines, len(layout.line_ends)) - layout.header_lines - 1
+        num_lines = _shifted(layout.header_lines, layout.num_lines) - layout.header_lines - 1
         ends = np.cumsum(stops - starts - num_lines)
-        num_closed = int(np.count_nonzero(np.frombuffer(tokens, np.uint8) == EOS))
-    if num_closed != len(starts) or ends[0] == 1 or (ends[1:] - ends[:-1]).min(initial=2) == 1:
+    if ends[0] == 1 or (ends[1:] - ends[:-1]).min(initial=2) == 1:
         return None
     report.add_changes(changes)
     ids, headers = words
-    return RecordBatch(id_words=ids, header_words=headers, tokens=tokens, ends=ends, lines=line + layout.header_lines)
+    return RecordBatch(
+        id_words=ids,
+        header_words=headers,
+        tokens=tokens,
+        token_counts=counts,
+        ends=ends,
+        lines=line + layout.header_lines,
+    )
 
 
 def _shifted(array: NDArray[np.int64], last: int) -> NDArray[np.int64]:
@@ -117,10 +127,11 @@ class _Layout:
     """Where the lines of a text are, of which the last one is closed."""
 
     text: bytes
-    spaces: NDArray[np.int64]
-    """Every byte that is a space or below it, line ends included."""
-    line_ends: NDArray[np.int64]
-    """(line,) Indices into `spaces`."""
+    num_lines: int
+    space_kinds: NDArray[np.uint8]
+    """Every byte that is a space or below it, line ends included, or not ASCII, which int8 puts below it as well."""
+    first_spaces: NDArray[np.int64]
+    """(protein,) Where the first of them is behind each header's start."""
     header_lines: NDArray[np.int64]
     """(protein,) Number of each header's line, from 0."""
     header_starts: NDArray[np.int64]
@@ -130,16 +141,20 @@ class _Layout:
 
 def _find_lines(text: bytes) -> _Layout:
     letters = np.frombuffer(text, np.uint8)
-    spaces = np.flatnonzero(letters <= _SPACE)
-    line_ends = np.flatnonzero(letters[spaces] == _LF)
+    spaces = np.flatnonzero(letters.view(np.int8) <= _SPACE)
+    kinds = letters[spaces]
+    line_ends = np.flatnonzero(kinds == _LF)
     ends = spaces[line_ends]
     later_headers = np.flatnonzero(letters[ends[:-1] + 1] == _GREATER) + 1
     header_lines = np.concatenate((np.zeros(1, np.int64), later_headers))
     header_starts = np.concatenate((np.ones(1, np.int64), ends[later_headers - 1] + 2))
+    # The first space behind a header's start is the next one behind the line end before it.
+    next_space = np.concatenate((np.zeros(1, np.int64), line_ends[later_headers - 1] + 1))
     return _Layout(
         text=text,
-        spaces=spaces,
-        line_ends=line_ends,
+        num_lines=len(line_ends),
+        space_kinds=kinds,
+        first_spaces=spaces[next_space],
         header_lines=header_lines,
         header_starts=header_starts,
         header_ends=ends[header_lines],
@@ -150,16 +165,12 @@ def _find_words(layout: _Layout) -> tuple[Words, Words] | None:
     """Ids and headers, if all headers are UTF-8 without control characters and start with an id."""
     text = layout.text
     headers = Words(text=text, starts=layout.header_starts, ends=layout.header_ends)
-    kinds = np.frombuffer(text, np.uint8)[layout.spaces]
-    if not text.isascii() or kinds.tobytes().translate(None, b" \t\n"):
+    if layout.space_kinds.tobytes().translate(None, b" \t\n"):
         ids = _first_words(headers)
         return None if ids is None else (Words.of(ids), headers)
-    # The first space behind a header's start is the next one behind the line end before it.
-    next_space = np.concatenate((np.zeros(1, np.int64), layout.line_ends[layout.header_lines[1:] - 1] + 1))
-    id_ends = layout.spaces[next_space]
-    if (id_ends == layout.header_starts).any():
+    if (layout.first_spaces == layout.header_starts).any():
         return None
-    return Words(text=text, starts=layout.header_starts, ends=id_ends), headers
+    return Words(text=text, starts=layout.header_starts, ends=layout.first_spaces), headers
 
 
 def _first_words(headers: Words) -> list[str] | None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protformer.alphabet import TOKEN_TO_LETTER_TABLE
-from protformer.corpus.letters import CLOSE, LetterChanges
+from protformer.corpus.letters import CLOSE, LetterChanges, count_codes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +78,8 @@ class RecordBatch:
     header_words: Words
     tokens: bytes
     """uint8 (residue,): the residues of all proteins in order, every protein closed by <eos>."""
+    token_counts: NDArray[np.int64]
+    """(256,) How often each token occurs, <eos> included."""
     ends: NDArray[np.int64]
     """(protein,) Where each protein ends in `tokens`, its <eos> included."""
     lines: NDArray[np.int64]
@@ -116,6 +118,7 @@ class RecordBatch:
             id_words=self.id_words.select(chosen),
             header_words=self.header_words.select(chosen),
             tokens=tokens,
+            token_counts=count_codes(tokens),
             ends=ends,
             lines=self.lines[chosen],
         )

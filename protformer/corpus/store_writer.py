@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from protformer.alphabet import FINGERPRINT
 from protformer.corpus.compression import describe_source
+from protformer.corpus.letters import count_codes
 from protformer.corpus.records import FastaReport, Words
 from protformer.corpus.store_files import (
     IDS_FILE,
@@ -57,7 +58,7 @@ class TokenStoreWriter:
     def append(self, ids: Sequence[str], tokens: bytes, ends: NDArray[np.int64]) -> None:
         """Add proteins: their tokens, each closed by <eos>, and where each ends, its <eos> included."""
         with writing(self._out):
-            self._files.append(Words.of(ids), tokens, ends)
+            self._files.append(Words.of(ids), tokens, ends, count_codes(tokens))
 
     def finish(self, sources: Sequence[SourceFile], report: FastaReport) -> StoreManifest:
         """Put the store in its place; returns its manifest."""

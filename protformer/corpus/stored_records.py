@@ -14,6 +14,7 @@ from protformer.corpus.compression import Consumed, Source, describe_source, is_
 from protformer.corpus.duplicates import OnDuplicate
 from protformer.corpus.fasta import FastaReport, RecordBatch, SequenceRecord, parse, read_batches
 from protformer.corpus.identifiers import stored_ids
+from protformer.corpus.letters import count_codes
 from protformer.corpus.records import Words
 from protformer.corpus.token_store import TokenStore
 from protformer.errors import InputError
@@ -56,6 +57,7 @@ def _parse(source: Source, report: FastaReport, consumed: Consumed | None, block
             id_words=ids,
             header_words=ids,
             tokens=tokens,
+            token_counts=count_codes(tokens),
             ends=offsets[1:] - offsets[0],
             lines=np.arange(start - len(names), start) + 1,
         )
