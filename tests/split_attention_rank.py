@@ -1,9 +1,7 @@
 """One rank of `test_context_parallel`: attention and a model on slices of windows, beside the same on whole windows.
 
 Run as `python split_attention_rank.py RANK NUM_RANKS FOLDER`. Writes to FOLDER/RANK.json, by case, the largest relative
-error of outputs and gradients, and how large it may be: in float32, 1e-6 above twice the rounding error of one process
-(sums of many equal features, such as ReLU's epsilon, are rounded one way). Groups are all ranks, and, for some kinds,
-each half of them.
+error of outputs and gradients, and how large it may be. Groups are all ranks, and, for some kinds, each half of them.
 """
 
 import json
@@ -28,6 +26,9 @@ CONFIGS: dict[str, AttentionConfig] = {
     "exp": GeneralizedConfig(num_features=24, function="exp", projection="iid"),
     "none": GeneralizedConfig(projection="none", function="elu_plus_one"),
 }
+FLOAT32_LIMITS = {"exp": 2e-6}
+"""Here one key outweighs the others: its gradient is a difference of nearly equal sums, and one process is already 9e-7
+from float64."""
 LENGTH = 301
 
 
@@ -61,20 +62,17 @@ def main(rank: int, num_ranks: int, folder: Path) -> None:
             for causal in (False, True):
                 case = f"{group.size} ranks, {name}, {'causal' if causal else 'bidirectional'}"
                 for layout, segments in layouts().items():
-                    double = attention_results(group, config, causal, segments, torch.float64)
-                    results[f"{case}, {layout}, float64"] = largest_error(*double), 1e-12
-                    if layout in ("attend", "isolate"):
-                        single = attention_results(group, config, causal, segments, torch.float32)
-                        rounding = largest_error(double[0], single[0])
-                        results[f"{case}, {layout}, float32"] = largest_error(*single), 1e-6 + 2 * rounding
+                    for dtype, limit in ((torch.float64, 1e-12), (torch.float32, FLOAT32_LIMITS.get(name, 1e-6))):
+                        whole_and_split = attention_results(group, config, causal, segments, dtype)
+                        results[f"{case}, {layout}, {dtype}"] = largest_error(group, *whole_and_split), limit
                 shrinking = attention_results(
                     group, config, causal, layouts()["attend"], torch.float64, first_scale=8.0
                 )
-                results[f"{case}, keys that shrink, float64"] = largest_error(*shrinking), 1e-12
+                results[f"{case}, keys that shrink, float64"] = largest_error(group, *shrinking), 1e-12
         for direction in ("bidirectional", "unidirectional"):
             for layout, segments in layouts().items():
                 case = f"{group.size} ranks, model, {direction}, {layout}, float32"
-                results[case] = largest_error(*model_results(group, direction, segments)), 1e-6
+                results[case] = largest_error(group, *model_results(group, direction, segments)), 1e-6
     (folder / f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
@@ -148,12 +146,12 @@ def slice_of(group: SequenceGroup, length: int) -> slice:
     return slice(start, start + len(bounds[group.rank + 1]))
 
 
-def largest_error(expected: list[Tensor], found: list[Tensor]) -> float:
-    """|found - expected| / |expected| in the Euclidean norm; a NaN counts as infinite."""
+def largest_error(group: SequenceGroup, expected: list[Tensor], found: list[Tensor]) -> float:
+    """|found - expected| / |expected| in the Euclidean norm over all slices; a NaN counts as infinite."""
     errors = []
     for wanted, got in zip(expected, found, strict=True):
-        norm = float(wanted.double().norm())
-        error = float((got.double() - wanted.double()).norm())
+        squares = torch.stack([x.double().square().sum() for x in (got.double() - wanted.double(), wanted)])
+        error, norm = group.total(squares).sqrt().tolist()
         errors.append(error / norm if norm > 0 else error)
     return max(error if error == error else float("inf") for error in errors)
 

@@ -12,7 +12,7 @@ taken from log phi(k)_r, and added to log phi(q)_r. They cancel in the quotient 
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,10 @@ class FeatureMap(ABC):
     has_references: bool
 
     num_further_columns: int
+
+    def without_offset(self) -> tuple["FeatureMap", float]:
+        """A map with features that are all smaller by one number, and that number, for who adds it to sums of them."""
+        return self, 0.0
 
     @abstractmethod
     def fill_further_columns(self, inputs: Inputs) -> None:
@@ -167,6 +171,9 @@ class PointwiseMap(FeatureMap):
     def num_features(self) -> int:  # type: ignore[override]
         return self.head_dim if self.weight is None else self.weight.shape[0]
 
+    def without_offset(self) -> tuple[FeatureMap, float]:
+        return replace(self, epsilon=0.0), self.epsilon
+
     @property
     def shift(self) -> float:
         """What is added to the products: relu(p) + epsilon = max(p + epsilon, epsilon), one pass instead of two."""
@@ -174,7 +181,7 @@ class PointwiseMap(FeatureMap):
 
     @property
     def num_further_columns(self) -> int:  # type: ignore[override]
-        return 0 if self.weight is None else 1
+        return 0 if self.weight is None or not self.shift else 1
 
     def fill_further_columns(self, inputs: Inputs) -> None:
         inputs[..., self.head_dim :] = self.shift
@@ -182,7 +189,8 @@ class PointwiseMap(FeatureMap):
     def matrix(self, reference: Reference | None, num_rows: int) -> Float[Tensor, "row column feature"] | None:
         if self.weight is None:
             return None
-        return torch.cat((self.weight.T, self.weight.new_ones(1, len(self.weight)))).repeat(num_rows, 1, 1)
+        ones = self.weight.new_ones((self.num_further_columns, len(self.weight)))
+        return torch.cat((self.weight.T, ones)).repeat(num_rows, 1, 1)
 
     def multiply(self, inputs: Inputs, matrix: Float[Tensor, "row column feature"] | None, out: Block) -> Block:
         if matrix is None:
@@ -200,7 +208,7 @@ class PointwiseMap(FeatureMap):
             F.elu_(block).add_(1)
         else:
             block.copy_(F.gelu(block)).add_(GELU_RAISED)
-        return block.add_(self.epsilon)
+        return block.add_(self.epsilon) if self.epsilon else block
 
     def activate_with_gradient(self, block: Block, gradient: Block) -> None:
         if self.function == "relu":

@@ -14,6 +14,10 @@ Backward. With F = phi(K), P = phi(Q), S the state, y_i the output, d_i its deno
 
     G_i = [g_i, -g_i . y_i] / d_i       dP = G S^T      dS = P^T G      dF = [V, 1] dS^T      d[V, 1] = F dS
 
+What all features have in common, an offset epsilon (see `generalized`), is not added to them but to the sums: with
+phi = phi' + epsilon, the state is phi'(K)^T [V, 1] + epsilon 1^T [V, 1], and so on for every sum here. Equal numbers
+added one after another are rounded the same way each time; this leaves an eighth of the rounding error.
+
 References of exponential features (see `favor`) are constants here, and are guessed before they are known: from
 some of the keys. That is right if no sum left the range in which float32 has all its digits, and
 where it did, the sums are computed again with references that are certain (`_certain_reference`), or the outputs with
@@ -25,10 +29,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from protformer.attention.block_work import (
+    BlockSums,
     BlockWork,
     Denominators,
     State,
@@ -37,7 +43,7 @@ from protformer.attention.block_work import (
     empty_like,
     of_heads,
 )
-from protformer.attention.feature_maps import FeatureMap, Reference
+from protformer.attention.feature_maps import Block, FeatureMap, Reference
 from protformer.attention.head_shares import head_shares, largest_share
 from protformer.attention.interface import Heads, Segments
 from protformer.attention.pieces import Piece, block_ranges, block_residues, lay_out
@@ -122,6 +128,7 @@ class PieceWork(BlockWork):
 
     def __init__(self, q: Heads, k: Heads, v: Values, *, piece: Piece, feature_map: FeatureMap) -> None:
         size = block_residues(piece, num_features=q.shape[1] * feature_map.num_features, device=q.device)
+        feature_map, self.offset = feature_map.without_offset()
         super().__init__(q, k, v, piece=piece, feature_map=feature_map, size=size)
         self.ranges = block_ranges(piece.num_residues, size)
 
@@ -182,18 +189,33 @@ class PieceWork(BlockWork):
         transposed = self.no_transposed_state()
         for block in self.ranges:
             features = self.feature_map.activate(self.key_products(matrix, *block))
-            transposed.baddbmm_(self.load_values(*block).transpose(1, 2), features)
+            self._add_products(transposed, self.load_values(*block), features)
         return _contiguous_transpose(transposed)
 
     def _attend(self, summary: Summary, output: Values, denominators: Denominators) -> None:
         matrix = self.matrix(summary.reference)
         assert summary.state is not None
+        of_offset = self._of_offset(summary.state)
         for start, stop in self.ranges:
             products = self.query_products(matrix, start, stop, centre=summary.is_centred, out=self.buffer)
             sums = torch.bmm(self.feature_map.activate(products), summary.state, out=self.sums[:, : stop - start])
+            if of_offset is not None:
+                sums += of_offset
             numerator, denominator = sums[..., :-1], sums[..., -1:]
             self.piece.put(denominators, start, stop, self.by_segment(denominator))
             self.put(output, start, stop, self.sums[..., :-1], partial(_divide, numerator, denominator))
+
+    def _add_products(
+        self, transposed: Float[Tensor, "row channel feature"], addends: BlockSums, features: Block
+    ) -> None:
+        """Add what a block contributes to a sum over residues."""
+        transposed.baddbmm_(addends.transpose(1, 2), features)
+        if self.offset:
+            transposed.add_(addends.sum(dim=1).unsqueeze(-1), alpha=self.offset)
+
+    def _of_offset(self, state: State) -> Float[Tensor, "row 1 channel"] | None:
+        """What the offset contributes to the product of any features with a state."""
+        return self.offset * state.sum(dim=1, keepdim=True) if self.offset else None
 
     def differentiate_queries(
         self, summary: Summary, output: tuple[Values, Denominators, Values], gradient: Heads
@@ -208,7 +230,7 @@ class PieceWork(BlockWork):
             sums_gradient = self.sums_gradient(output, start, stop)
             products_gradient = self.gradient_of_features(sums_gradient, transposed)
             self.feature_map.activate_with_gradient(products, products_gradient)
-            transposed_gradient.baddbmm_(sums_gradient.transpose(1, 2), products)
+            self._add_products(transposed_gradient, sums_gradient, products)
             self.put_query_gradients(gradient, products_gradient, start, stop)
         return transposed_gradient
 
@@ -221,6 +243,7 @@ class PieceWork(BlockWork):
         needs_last_column = bool(self.feature_map.norm_factor)
         num_columns = transposed_gradient.shape[1] - (not needs_last_column)
         state_gradient = _contiguous_transpose(transposed_gradient[:, :num_columns])
+        of_offset = self._of_offset(state_gradient)
         for start, stop in self.ranges:
             products, values = self.key_products(matrix, start, stop), self.load_values(start, stop)
             products_gradient = self.gradient_of_features(values, transposed_gradient)
@@ -230,7 +253,8 @@ class PieceWork(BlockWork):
                 values_gradient = torch.bmm(products, state_gradient, out=self.sums[:, : stop - start])
                 self.piece.put(gradients[1], start, stop, self.by_segment(values_gradient[..., :-1]))
             else:
-                self.put(gradients[1], start, stop, self.sums[..., :-1], partial(_multiply, products, state_gradient))
+                compute = partial(_multiply, products, state_gradient, of_offset)
+                self.put(gradients[1], start, stop, self.sums[..., :-1], compute)
             self.put_key_gradients(gradients[0], products_gradient, values_gradient, start, stop)
 
 
@@ -238,8 +262,10 @@ def _divide(numerator: Tensor, denominator: Tensor, out: Tensor) -> None:
     torch.div(numerator, denominator, out=out)
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+def _multiply(left: Tensor, right: Tensor, addend: Tensor | None, out: Tensor) -> None:
     torch.bmm(left, right, out=out)
+    if addend is not None:
+        out += addend
 
 
 def _contiguous_transpose(state: Tensor) -> Tensor:
