@@ -112,3 +112,16 @@ def test_a_run_away_from_a_terminal_tells_its_rate_its_loss_and_the_time_left(tm
     assert all(re.search(r" [\d,]+ residues/s  loss \d\.\d{4}  \d+ min \d\d s left$", line) for line in lines)
     assert re.search(r"^0:00:\d\d of training in all, [\d,]+ residues/s in this sitting, ", printed.out, re.MULTILINE)
     assert " GB of memory, 0 steps skipped" in printed.out
+
+
+def test_values_stand_in_one_column_however_long_a_name_is(monkeypatch, capsys, tmp_path):
+    facts = {
+        "kind": "run",
+        "validation_of_a_family_with_a_long_name": "step 4",
+        "notes": ["two words", "three more words"],
+    }
+    monkeypatch.setattr("protformer.inference.describe.describe", lambda path: facts)
+    assert run(["describe", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [line.index(value) for line, value in zip(lines, ["run", "step 4", "two", "three"], strict=True)]
+    assert len(set(found)) == 1
