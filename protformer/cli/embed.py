@@ -5,6 +5,7 @@ from typing import Literal
 
 import click
 
+from protformer.cli.early_checks import check_model_and_proteins
 from protformer.cli.options import (
     FilePath,
     batch_tokens_option,
@@ -71,13 +72,9 @@ def command(
     from protformer.corpus.fasta import FastaReport
     from protformer.corpus.stored_records import read_proteins
     from protformer.inference.embedding_writers import check_output, open_embedding_writer
-    from protformer.model_description import find_model_folder
 
-    # Mistakes are told before torch is loaded and before anything is written.
     check_output(out, resume=resume)
-    find_model_folder(model_path)
-    if fasta != "-":
-        next(read_proteins(fasta, on_duplicate="allow", report=FastaReport()))
+    check_model_and_proteins(model_path, fasta)
     from protformer.checkpoint import save_tensors
     from protformer.cli.progress import byte_progress
     from protformer.inference.embed import LengthLimit, LengthReport, describe_embedding, embed, resolve_layer
@@ -86,14 +83,8 @@ def command(
     session = open_session(model_path, device=device, precision=precision)
     num_blocks = resolve_layer(layer, session.model.config.num_layers)
     limit = LengthLimit(max_length=max_length, on_long=on_long)
-    writer = open_embedding_writer(
-        out,
-        per=per,
-        dtype=dtype,
-        description=describe_embedding(session, layer=layer, limit=limit),
-        resume=resume,
-        save=save_tensors,
-    )
+    description = describe_embedding(session, layer=layer, limit=limit)
+    writer = open_embedding_writer(out, per=per, dtype=dtype, description=description, resume=resume, save=save_tensors)
     fasta_report, length_report = FastaReport(), LengthReport()
     with byte_progress([fasta], quiet=quiet) as progress, writer:
         done = writer.done_ids()

@@ -6,6 +6,7 @@ from typing import Literal
 
 import click
 
+from protformer.cli.early_checks import check_model_and_proteins
 from protformer.cli.options import (
     FilePath,
     batch_tokens_option,
@@ -81,6 +82,9 @@ def command(
     Example:
       protformer predict-contacts --model runs/trembl --fasta proteins.fa --out contacts --plot
     """
+    if pairs is not None and ids:
+        raise click.UsageError("--pairs and --ids exclude each other: pairs name their proteins")
+    check_model_and_proteins(model_path, fasta if pairs is None and not ids else None)
     from protformer.cli.progress import StderrConsole, count_progress
     from protformer.corpus.fasta import FastaReport, SequenceRecord
     from protformer.corpus.named_records import read_named
@@ -88,11 +92,7 @@ def command(
     from protformer.inference.contact_writers import contact_paths, write_contacts
     from protformer.inference.contacts import chains_of_pairs, only_named, predict_contacts
     from protformer.inference.session import open_session
-    from protformer.model_description import find_model_folder
 
-    find_model_folder(model_path)
-    if fasta != "-" and pairs is None and not ids:  # told before there is a folder
-        next(read_proteins(fasta, on_duplicate="allow", report=FastaReport()))
     session = open_session(model_path, device=device, precision=precision)
     if pairs is not None and session.description.packing == "isolate" and not quiet:
         click.echo("note: this model was trained with packing: isolate and never saw two proteins together", err=True)
@@ -102,8 +102,6 @@ def command(
         tell = StderrConsole(quiet=quiet).tell
         return read_named(fasta, names, on_duplicate=on_duplicate, report=report, tell=tell)
 
-    if pairs is not None and ids:
-        raise click.UsageError("--pairs and --ids exclude each other: pairs name their proteins")
     if pairs is None:
         records = only_named(ids, find(ids)) if ids else read_proteins(fasta, on_duplicate=on_duplicate, report=report)
     tasks = ((record,) for record in records) if pairs is None else chains_of_pairs(pairs, find)

@@ -88,39 +88,40 @@ def command(
       protformer train --fasta trembl.fa.gz --config small --out runs/trembl
     """
     with stop_signals_interrupt():
-        from protformer.cli.progress import StderrConsole
-        from protformer.config import load_run_config
-        from protformer.training.run_folder import RunFolder
-
-        # Mistakes are told before torch and Lightning are loaded.
         if not resume:
-            RunFolder(out).refuse_trained()
-        if not resume and init_from is None:
-            load_run_config(config, overrides)
+            _check_new_run(out, config, overrides, has_own_config=init_from is None)
+        from protformer.cli.progress import StderrConsole
         from protformer.training.run import RunRequest, run_training
 
-        summary = run_training(
-            RunRequest(
-                fasta=fasta,
-                out=out,
-                config_source=config,
-                overrides=overrides,
-                validation_fasta=val_fasta,
-                clusters=clusters,
-                pairs=pairs,
-                cache_dir=cache_dir,
-                init_from=init_from,
-                distill=distill,
-                max_steps=max_steps,
-                max_time=max_time,
-                devices=devices,
-                num_nodes=num_nodes,
-                seed=seed,
-                resume=resume,
-                device=device,
-                quiet=quiet,
-            ),
-            StderrConsole(quiet=quiet),
+        request = RunRequest(
+            fasta=fasta,
+            out=out,
+            config_source=config,
+            overrides=overrides,
+            validation_fasta=val_fasta,
+            clusters=clusters,
+            pairs=pairs,
+            cache_dir=cache_dir,
+            init_from=init_from,
+            distill=distill,
+            max_steps=max_steps,
+            max_time=max_time,
+            devices=devices,
+            num_nodes=num_nodes,
+            seed=seed,
+            resume=resume,
+            device=device,
+            quiet=quiet,
         )
-        if summary:
+        if summary := run_training(request, StderrConsole(quiet=quiet)):
             click.echo(summary)
+
+
+def _check_new_run(out: Path, config: str | None, overrides: tuple[str, ...], *, has_own_config: bool) -> None:
+    """Mistakes are told before torch and Lightning are loaded."""
+    from protformer.config import load_run_config
+    from protformer.training.run_folder import RunFolder
+
+    RunFolder(out).refuse_trained()
+    if has_own_config:
+        load_run_config(config, overrides)
