@@ -12,7 +12,7 @@ from strategies import record_ids
 
 from protformer.errors import OutputError
 from protformer.inference.contact_scores import ContactMap
-from protformer.inference.contact_writers import contact_paths, file_stem, write_contacts
+from protformer.inference.contact_writers import contact_paths, file_stem, is_written, refuse_existing, write_contacts
 
 NASTY_IDS = [
     "../../etc/passwd", "", ".hidden", "..", ".", "a/b", "a%2Fb", "a b", "/", "\\", "a\0b", "C:x", "-rf", "~",
@@ -181,7 +181,7 @@ def test_a_file_that_exists_is_refused_before_anything_is_computed_or_written(tm
     existing.write_text("kept")
     chosen = contact_map("MKVLA")
     with pytest.raises(OutputError, match="exists already") as refused:
-        contact_paths(chosen.chain_ids, tmp_path, FORMATS, plot=True)
+        refuse_existing(contact_paths(chosen.chain_ids, tmp_path, FORMATS, plot=True))
     assert str(existing) in str(refused.value)
     assert "\n" not in str(refused.value)
     with pytest.raises(OutputError, match="exists already"):
@@ -259,3 +259,15 @@ def test_a_pair_is_told_from_one_protein_whose_id_looks_like_a_pair():
     assert file_stem(["a", "b"]) == "a__b"
     assert file_stem(["a__b"]) != "a__b"
     assert file_stem(["a_", "b"]) != file_stem(["a", "_b"])
+
+
+def test_a_map_is_there_when_all_its_files_are(tmp_path):
+    chosen = contact_map("MKVLA")
+    paths = write_contacts(chosen, tmp_path, FORMATS, plot=True)
+    assert is_written(paths, "MKVLA")
+    with pytest.raises(OutputError, match="another sequence"):
+        is_written(paths, "MKVLV")
+    paths[1].unlink()
+    assert not is_written(paths, "MKVLA")
+    assert write_contacts(chosen, tmp_path, FORMATS, plot=True, replace=True) == paths
+    assert is_written(paths, "MKVLA")

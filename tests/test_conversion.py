@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -387,3 +389,18 @@ def test_a_hub_id_needs_huggingface_hub_and_a_wrong_path_is_no_hub_id(tmp_path, 
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     assert run(["convert", "--from", "facebook/esm2_t6_8M_UR50D", "--out", "ours"]) == 1
     assert "downloading needs huggingface_hub" in capsys.readouterr().err
+
+
+def test_whatever_the_hub_library_raises_is_one_line(capsys, tmp_path, monkeypatch):
+    class Hub:
+        def list_repo_files(self, hub_id):
+            raise RuntimeError("no route\nto host")  # as of an HTTP library that is not known here
+
+    library = types.SimpleNamespace(HfApi=Hub, snapshot_download=None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", library)
+    assert run(["convert", "--from", "models/nope", "--out", str(tmp_path / "out")]) == 1
+    message = capsys.readouterr().err
+    assert (
+        "error: --from models/nope: there is no such folder, and it cannot be had from the hub (no route to" in message
+    )
+    assert message.count("\n") == 1

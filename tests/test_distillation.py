@@ -18,6 +18,7 @@ from protformer.config import ClusteredConfig, ExactConfig, FavorConfig, ModelCo
 from protformer.errors import ConfigError
 from protformer.evaluation.attention_error import attention_errors, compare_with_exact
 from protformer.model.masked_lm_head import ProteinLanguageModel
+from protformer.model_description import read_description
 
 CPU = torch.device("cpu")
 CLUSTERED = ClusteredConfig(clusters_per_query=1, cluster_size=2)
@@ -143,3 +144,14 @@ def test_exact_layers_have_no_distance_from_exact_attention():
     assert (first.relative_error, first.hidden_error) == (0.0, 0.0)
     assert second.relative_error > 0
     assert second.hidden_error > 0
+
+
+@pytest.mark.parametrize("distills", [True, False])
+def test_a_head_that_was_never_trained_stays_one_under_distillation(fasta, initial, tmp_path, capsys, distills):
+    model, description = load_model(initial, CPU)
+    save_model(tmp_path / "headless", model, replace(description, has_lm_head=False))
+    options = ("--distill", "--max-steps", 1) if distills else ("--max-steps", 1)
+    assert run(fine_tune(fasta, tmp_path / "run", tmp_path / "headless", *options)) == 0
+    told = capsys.readouterr().out
+    assert ("perplexity is left out" in told, "unigram baseline" in told) == (distills, not distills)
+    assert read_description(tmp_path / "run").has_lm_head is not distills

@@ -27,7 +27,7 @@ RECORDS = [
     for number in range(40)
 ]
 MAX_BYTES = 30_000
-MAX_BYTES_WITH_INDEX = 75_000
+MAX_BYTES_WITH_INDEX = 84_000
 """Of an h5 file whose table of proteins has been written."""
 
 

@@ -11,7 +11,8 @@ from protformer.cli import run
 from protformer.config import ExactConfig, FavorConfig
 from protformer.corpus.fasta import SequenceRecord, read_fasta
 from protformer.errors import ConfigError, InputError
-from protformer.inference import batches
+from protformer.inference import batches, contact_maps
+from protformer.inference.batches import BATCHES_IN_CHUNK
 from protformer.inference.contacts import predict_contacts
 from protformer.inference.embed import LengthLimit, LengthReport, embed, resolve_layer
 from protformer.inference.hdf5_embeddings import escape_id
@@ -269,3 +270,51 @@ def test_predict_contacts_of_pairs_writes_the_block_between_the_chains(model, fa
     pairs.write_text("p/0\tnobody\n")
     assert run([*command[:-3], "--out", str(tmp_path / "d"), "--pairs", str(pairs)]) == 1
     assert "nobody" in capsys.readouterr().err
+
+
+def test_resuming_with_another_sequence_under_an_id_is_refused(model, tmp_path, capsys):
+    fasta, out = tmp_path / "p.fa", tmp_path / "e.h5"
+    command = ["embed", "--model", str(model), "--fasta", str(fasta), "--out", str(out), "-q"]
+    fasta.write_text(">a\nMKVLA\n>b\nMKV\n")
+    assert run(command) == 0
+    fasta.write_text(">a\nMKVLW\n>b\nMKV\n>c\nMK\n")  # of the same length
+    assert run([*command, "--resume"]) == 1
+    assert "'a' is in the file with another sequence" in capsys.readouterr().err
+    fasta.write_text(">b\nMKV\n>c\nMK\n")
+    assert run([*command, "--resume"]) == 0
+    assert "1 proteins embedded (2 were there already)" in capsys.readouterr().out
+
+
+def test_embeddings_come_long_before_all_proteins_are_read(session):
+    taken = []
+
+    def records():
+        for number in range(1000):
+            taken.append(number)
+            yield SequenceRecord(id=f"p{number}", header="", tokens=bytes([5] * 10), line=1)
+
+    found = embed(
+        session, records(), per="protein", layer=1, limit=LengthLimit(), report=LengthReport(), batch_tokens=20
+    )
+    next(found)
+    assert 2 * BATCHES_IN_CHUNK <= len(taken) < 3 * BATCHES_IN_CHUNK
+
+
+def test_contact_maps_go_on_where_ctrl_c_stopped_them(model, fasta, tmp_path, capsys, monkeypatch):
+    command = ["predict-contacts", "--model", str(model), "--fasta", str(fasta), "--out", str(tmp_path / "maps"), "-q"]
+    computed = []
+
+    def stops_at_the_third(session, chains, **options):
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        computed.append(chains[0].id)
+        return predict_contacts(session, chains, **options)
+
+    monkeypatch.setattr(contact_maps, "predict_contacts", stops_at_the_third)
+    assert run(command) == 130
+    assert "interrupted; 2 contact maps are in" in capsys.readouterr().err
+    monkeypatch.setattr(contact_maps, "predict_contacts", predict_contacts)
+    assert run(command) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert run([*command, "--resume"]) == 0
+    assert "4 contact maps (2 were there already)" in capsys.readouterr().out

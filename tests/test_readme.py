@@ -100,3 +100,12 @@ def test_every_option_that_the_readme_names_exists():
     )
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"^```sh\n.*?^```", "", README, flags=re.M | re.S)))
     assert named - set(re.findall(r"--[a-z][a-z-]+", helps)) == set()
+
+
+def test_every_picture_of_the_readme_is_there():
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    assert pictures
+    assert [name for name in pictures if not (ROOT / name).is_file()] == []
+    if (ROOT / ".git").exists():
+        command = ["git", "check-ignore", "--no-index", *pictures]
+        assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == ""

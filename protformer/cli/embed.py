@@ -89,7 +89,7 @@ def command(
     with byte_progress([fasta], quiet=quiet) as progress, writer:
         done = writer.done_ids()
         records = read_proteins(fasta, on_duplicate=on_duplicate, report=fasta_report, consumed=progress)
-        new = (record for record in records if record.id not in done)
+        new = (record for record in records if not writer.has(record.id, record.tokens))
         written = 0
         for embedding in embed(
             session, new, per=per, layer=num_blocks, limit=limit, report=length_report, batch_tokens=batch_tokens

@@ -53,6 +53,7 @@ from protformer.cli.options import (
     help="May be given several times.",
 )
 @click.option("--plot", is_flag=True, help="Also write a PNG of each map.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same model: keep the maps in --out.")
 @on_duplicate_option
 @batch_tokens_option
 @precision_option
@@ -67,6 +68,7 @@ def command(
     method: Literal["attention", "jacobian"],
     formats: tuple[Literal["npz", "rr", "csv"], ...],
     plot: bool,
+    resume: bool,
     on_duplicate: Literal["error", "suffix", "first"],
     batch_tokens: int,
     precision: str,
@@ -89,8 +91,8 @@ def command(
     from protformer.corpus.fasta import FastaReport, SequenceRecord
     from protformer.corpus.named_records import read_named
     from protformer.corpus.stored_records import read_proteins
-    from protformer.inference.contact_writers import contact_paths, write_contacts
-    from protformer.inference.contacts import chains_of_pairs, only_named, predict_contacts
+    from protformer.inference.contact_maps import MapFiles, write_maps
+    from protformer.inference.contacts import chains_of_pairs, only_named
     from protformer.inference.session import open_session
 
     session = open_session(model_path, device=device, precision=precision)
@@ -105,16 +107,10 @@ def command(
     if pairs is None:
         records = only_named(ids, find(ids)) if ids else read_proteins(fasta, on_duplicate=on_duplicate, report=report)
     tasks = ((record,) for record in records) if pairs is None else chains_of_pairs(pairs, find)
-    out.mkdir(parents=True, exist_ok=True)
-    chosen = tuple(dict.fromkeys(formats))
-    written = 0
+    files = MapFiles(folder=out, formats=tuple(dict.fromkeys(formats)), plot=plot, resume=resume)
     with count_progress("maps", quiet=quiet) as progress:
-        for chains in tasks:
-            contact_paths([chain.id for chain in chains], out, chosen, plot)
-            contact_map = predict_contacts(session, chains, method=method, batch_tokens=batch_tokens)
-            write_contacts(contact_map, out, chosen, plot)
-            written += 1
-            progress(1)
+        written, there = write_maps(session, tasks, files, method=method, batch_tokens=batch_tokens, progress=progress)
     if not quiet and (line := report.summary()):
         click.echo(line, err=True)
-    click.echo(f"{out}: {written:,} contact maps")
+    earlier = f" ({there:,} were there already)" if there else ""
+    click.echo(f"{out}: {written:,} contact maps{earlier}")

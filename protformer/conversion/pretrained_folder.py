@@ -106,7 +106,6 @@ def _download(hub_id: str) -> Path:
     """Bring the description, one form of the weights, and the vocabulary into the hub's cache."""
     try:
         from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise InputError(
             f"--from {hub_id}: downloading needs huggingface_hub: pip install 'protformer[hub]'; a folder does not"
@@ -118,7 +117,10 @@ def _download(hub_id: str) -> Path:
             raise InputError(f"--from {hub_id}: the hub has no {' or '.join(WEIGHT_FILES[::2])} there")
         shards = [f"{weights.split('.')[0]}-*"] if weights.endswith(".json") else []
         return Path(snapshot_download(hub_id, allow_patterns=["config.json", weights, *shards, *VOCABULARY_FILES]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # besides its own, the errors of whatever library it uses for HTTP
+        reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"--from {hub_id}: cannot be had from the hub ({' '.join(str(error).split())[:300]})"
+            f"--from {hub_id}: there is no such folder, and it cannot be had from the hub ({reason})"
         ) from error

@@ -22,7 +22,8 @@ from protformer.corpus.fasta import SequenceRecord
 from protformer.errors import InputError
 from protformer.evaluation.masked_lm import MaskedBatch
 
-CHUNK_RESIDUES = 500_000
+BATCHES_IN_CHUNK = 24
+"""Enough to sort proteins by length; what is computed is given out, and can be kept, only when a chunk is done."""
 LARGEST_BATCH = {"cpu": 2048}
 """Tokens, by type of device. On CPUs, activations of more leave the caches: with ESM-2 8M, 2,048 embed a quarter more
 residues a second than 8,192."""
@@ -44,7 +45,12 @@ class InferenceBatch:
     """Row and column of the first residue of each record: behind what the model's frame begins with."""
 
 
-def chunked(records: Iterable[SequenceRecord], chunk_residues: int = CHUNK_RESIDUES) -> Iterator[list[SequenceRecord]]:
+def most_tokens(max_tokens: int, device: torch.device) -> int:
+    """The most tokens in a batch on a device, where `max_tokens` are asked for."""
+    return min(max_tokens, LARGEST_BATCH.get(device.type, max_tokens))
+
+
+def chunked(records: Iterable[SequenceRecord], chunk_residues: int) -> Iterator[list[SequenceRecord]]:
     """Consecutive records, in lists that close once they hold `chunk_residues` residues."""
     chunk: list[SequenceRecord] = []
     size = 0
@@ -62,7 +68,7 @@ def length_sorted_batches(
     chunk: list[SequenceRecord], *, max_tokens: int, model: ModelConfig, device: torch.device
 ) -> Iterator[InferenceBatch]:
     """Batches of a chunk, longest proteins first, so that too little memory shows at once."""
-    max_tokens = min(max_tokens, LARGEST_BATCH.get(device.type, max_tokens))
+    max_tokens = most_tokens(max_tokens, device)
     frame_tokens = sum(map(len, model.frame))
     places: list[int] = []
     num_tokens = width = 0

@@ -29,15 +29,22 @@ _CONTACT_ANGSTROM = 8
 
 
 def write_contacts(
-    contact_map: ContactMap, folder: Path, formats: Sequence[ContactFormat], plot: bool = False
+    contact_map: ContactMap,
+    folder: Path,
+    formats: Sequence[ContactFormat],
+    plot: bool = False,
+    *,
+    replace: bool = False,
 ) -> list[Path]:
     """Write one map in each format, and as a figure if `plot`; the paths written.
 
     npz: `contacts` (residue, residue) float32, `sequence`, `chain_lengths`, `chain_ids`; for two chains also
     `inter_chain` (residue_a, residue_b). rr: CASP RR, all pairs by descending score. csv: all pairs by
-    position. Raises OutputError where a file exists already, or the disk is full.
+    position. Raises OutputError where a file exists already (unless `replace`), or the disk is full.
     """
     paths = contact_paths(contact_map.chain_ids, folder, formats, plot)
+    if not replace:
+        refuse_existing(paths)
     for path in paths:
         partial = path.with_name(path.name + ".partial")
         try:
@@ -53,16 +60,29 @@ def write_contacts(
 def contact_paths(
     chain_ids: Sequence[str], folder: Path, formats: Sequence[ContactFormat], plot: bool = False
 ) -> list[Path]:
-    """Where `write_contacts` puts the map of these chains.
-
-    Raises OutputError where a file exists already, so that a run can ask before it computes the map.
-    """
+    """Where `write_contacts` puts the map of these chains."""
     stem = file_stem(chain_ids)
-    paths = [folder / f"{stem}.{name}" for name in (*formats, *(("png",) if plot else ()))]
+    return [folder / f"{stem}.{name}" for name in (*formats, *(("png",) if plot else ()))]
+
+
+def refuse_existing(paths: Sequence[Path]) -> None:
+    """Raise OutputError where a file exists already, so that a run can ask before it computes the map."""
     for path in paths:
         if path.exists():
-            raise OutputError(f"{path}: exists already; choose another --out, or delete it")
-    return paths
+            raise OutputError(f"{path}: exists already; go on with --resume, choose another --out, or delete it")
+
+
+def is_written(paths: Sequence[Path], sequence: str) -> bool:
+    """Whether all files of a map are there. Raises OutputError if the .npz among them is of another sequence."""
+    if not all(path.exists() for path in paths):
+        return False
+    for path in paths:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                found = str(arrays["sequence"])
+            if found != sequence:
+                raise OutputError(f"{path}: is of another sequence of that id; choose another --out, or delete it")
+    return True
 
 
 def file_stem(chain_ids: Sequence[str]) -> str:

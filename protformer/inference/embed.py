@@ -15,8 +15,8 @@ from torch import Tensor
 
 from protformer.corpus.fasta import SequenceRecord
 from protformer.errors import ConfigError, InputError
-from protformer.inference.batches import InferenceBatch, chunked, length_sorted_batches
-from protformer.inference.embedding_record import EmbeddingRecord
+from protformer.inference.batches import BATCHES_IN_CHUNK, InferenceBatch, chunked, length_sorted_batches, most_tokens
+from protformer.inference.embedding_record import EmbeddingRecord, hash_of_sequence
 from protformer.inference.session import InferenceSession
 from protformer.model.encoder import Encoder
 
@@ -79,7 +79,8 @@ def embed(
     batch_tokens: int,
 ) -> Iterator[EmbeddingRecord]:
     """Embed each protein; `layer` counts blocks (see `resolve_layer`). InputError for a long one under `error`."""
-    for chunk in chunked(_within_limit(records, limit, report)):
+    chunk_residues = BATCHES_IN_CHUNK * most_tokens(batch_tokens, session.device)
+    for chunk in chunked(_within_limit(records, limit, report), chunk_residues):
         hidden: dict[int, Tensor] = {}
         pieces, owner = _windows(chunk, limit)
         batches = length_sorted_batches(
@@ -172,4 +173,5 @@ def _record(
         truncated=truncated,
         residue=residues.numpy() if per in ("residue", "both") else None,
         protein=residues.mean(dim=0).numpy() if per in ("protein", "both") else None,
+        sequence_hash=hash_of_sequence(record.tokens),
     )

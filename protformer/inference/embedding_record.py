@@ -5,6 +5,7 @@ file under its final name; until then everything lies under `NAME.partial` in th
 the final name is always complete.
 """
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -40,6 +41,8 @@ class EmbeddingRecord:
     truncated: bool
     residue: Float[np.ndarray, "residue feature"] | None = None
     protein: Float[np.ndarray, "feature"] | None = None
+    sequence_hash: int = 0
+    """See `hash_of_sequence`; 0 if unknown."""
 
 
 class EmbeddingWriter(ABC):
@@ -58,6 +61,10 @@ class EmbeddingWriter(ABC):
     def done_ids(self) -> frozenset[str]:
         """Identifiers of the proteins that an interrupted run has already written."""
         return frozenset()
+
+    def has(self, protein_id: str, sequence: bytes) -> bool:
+        """Whether the protein was written already. Raises OutputError if one of that id was, with another sequence."""
+        return False
 
     def write(self, record: EmbeddingRecord) -> None:
         """Add one protein. Raises OutputError where a value does not fit the dtype or the disk is full."""
@@ -143,6 +150,11 @@ class EmbeddingWriter(ABC):
                 f"{np.finfo(self._dtype).max:.6g}; use --dtype float32"
             )
         return stored
+
+
+def hash_of_sequence(tokens: bytes) -> int:
+    """64 bits of BLAKE2b, never 0: tells whether a protein of an interrupted run is the same now."""
+    return int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little") or 1
 
 
 def partial_path(path: Path) -> Path:

@@ -2,7 +2,7 @@
 
     /ID                 (residue, feature) or (feature,)       --per residue, --per protein
     /residue/ID, /protein/ID                                   --per both
-    /%index/{id,header,length,truncated}                       one entry a protein, in input order
+    /%index/{id,header,length,truncated,sequence_hash}         one entry a protein, in input order
 
 Attributes of the file: `format`, `format_version`, `per`, `dtype`, and `model`, a JSON object. Groups list
 their members in the order of writing. Memory is constant. An interrupted file is resumed from its last commit
@@ -15,6 +15,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -27,6 +28,7 @@ from protformer.inference.embedding_record import (
     EmbeddingRecord,
     EmbeddingWriter,
     Per,
+    hash_of_sequence,
     partial_path,
 )
 from protformer.inference.journaled_file import JournaledFile, journal_path, roll_back
@@ -42,6 +44,7 @@ COMMIT_BYTES = 8 << 20
 """The most that a kill or a full disk can cost of the embeddings that were written, however fast they came."""
 
 _INDEX_CHUNK = 1024
+_COLUMNS = ("id", "header", "length", "truncated", "sequence_hash")
 
 
 def escape_id(protein_id: str) -> str:
@@ -85,7 +88,17 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
             raise OutputError(f"{self._path}: cannot begin the file: {error}") from error
 
     def done_ids(self) -> frozenset[str]:
-        return self._done
+        return frozenset(self._done)
+
+    def has(self, protein_id: str, sequence: bytes) -> bool:
+        if protein_id not in self._done:
+            return False
+        if self._done[protein_id] != hash_of_sequence(sequence):
+            raise OutputError(
+                f"{self._path}: {protein_id!r} is in the file with another sequence; resume with the same proteins, or"
+                " choose another --out"
+            )
+        return True
 
     def _append(self, record: EmbeddingRecord) -> None:
         for part, values in (("residue", record.residue), ("protein", record.protein)):
@@ -98,9 +111,7 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
             group.create_dataset(name, data=values)
             self._uncommitted_bytes += values.nbytes
         # Without its arrays, which the file has by now, a record is its row of the index.
-        self._uncommitted.append(
-            EmbeddingRecord(id=record.id, header=record.header, length=record.length, truncated=record.truncated)
-        )
+        self._uncommitted.append(replace(record, residue=None, protein=None))
         is_due = time.monotonic() - self._committed_at >= self._commit_seconds
         if is_due or self._uncommitted_bytes >= COMMIT_BYTES:
             self._commit()
@@ -141,7 +152,7 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
     def _commit(self) -> None:
         rows, self._uncommitted = self._uncommitted, []
         index = self._file[INDEX_GROUP]
-        for column in ("id", "header", "length", "truncated") if rows else ():
+        for column in _COLUMNS if rows else ():
             dataset = index[column]
             old_size = len(dataset)
             dataset.resize(old_size + len(rows), axis=0)
@@ -163,7 +174,8 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
         try:
             if fresh:
                 self._create_layout()
-            self._done = frozenset(self._file[INDEX_GROUP]["id"].asstr()[:].tolist())
+            index = self._file[INDEX_GROUP]
+            self._done = dict(zip(index["id"].asstr()[:].tolist(), index["sequence_hash"][:].tolist(), strict=True))
             self._commit()
         except OSError:
             self._close_after_failure()
@@ -181,6 +193,7 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
             "header": h5py.string_dtype(),
             "length": np.int64,
             "truncated": bool,
+            "sequence_hash": np.uint64,
         }
         for name, dtype in columns.items():
             index.create_dataset(name, shape=(0,), maxshape=(None,), chunks=(_INDEX_CHUNK,), dtype=dtype)
@@ -210,10 +223,13 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
         try:
             with h5py.File(source, "r") as file:
                 found = {name: file.attrs.get(name) for name in self._described()}
+                columns = set(file.get(INDEX_GROUP, ()))
         except OSError as error:
             raise OutputError(f"{source}: damaged, cannot be resumed ({error}); delete it and start anew") from error
         if found["format"] is None:
             raise OutputError(f"{source}: not written by protformer embed; choose another --out")
+        if not columns.issuperset(_COLUMNS):
+            raise OutputError(f"{source}: begun by an earlier version of protformer; delete it and start anew")
         found["model"] = json.loads(found["model"])
         asked = json.loads(json.dumps(self._described()))
         for name, value in {**asked, **asked["model"]}.items():

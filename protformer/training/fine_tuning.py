@@ -40,6 +40,8 @@ class InitialWeights:
 
     path: str
     model: InitialModel
+    has_lm_head: bool = True
+    """Whether they predict residues; of converted weights, some do not."""
 
     @classmethod
     def of(cls, path: Path) -> "InitialWeights":
@@ -50,7 +52,7 @@ class InitialWeights:
             weights_sha256=weights_sha256(folder),
             training=read_description(folder).training,
         )
-        return cls(path=str(folder.resolve()), model=model)
+        return cls(path=str(folder.resolve()), model=model, has_lm_head=read_description(folder).has_lm_head)
 
 
 def save_initial_weights(run: RunFolder, initial: InitialWeights) -> None:

@@ -175,9 +175,12 @@ def describe_summary(summary: RunSummary) -> str:
         f"{_as_duration(summary.seconds)} of training in all, {summary.residues_per_second:,.0f} residues/s in this"
         f" sitting, at most {summary.peak_memory_gb:.2f} GB of memory, {summary.skipped_steps:,} steps skipped"
     )
-    for name, scores in summary.scores.items():
-        lines += _compare(name, scores)
-    if not summary.scores:
+    if not read_description(summary.model_folder).has_lm_head:
+        lines.append("perplexity is left out: the weights that this began with came without a masked-LM head")
+    elif summary.scores:
+        for name, scores in summary.scores.items():
+            lines += _compare(name, scores)
+    else:
         lines.append("nothing was held out, so there is no validation")
     lines.append(f"model: {summary.model_folder}")
     return "\n".join(lines)

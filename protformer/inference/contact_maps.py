@@ -1,0 +1,68 @@
+"""Contact maps of many proteins or pairs, one after the other into a folder, so that a stopped run can go on.
+
+In: a model, and the chains of each map. Out: files (see `contact_writers`), each whole or not there.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from protformer.corpus.fasta import SequenceRecord
+from protformer.errors import InterruptedRunError
+from protformer.inference.contact_writers import (
+    ContactFormat,
+    contact_paths,
+    is_written,
+    refuse_existing,
+    write_contacts,
+)
+from protformer.inference.contacts import ContactMethod, predict_contacts
+from protformer.inference.session import InferenceSession
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MapFiles:
+    """Where maps go, and as what."""
+
+    folder: Path
+    formats: Sequence[ContactFormat]
+    plot: bool
+    resume: bool
+    """Leave maps that are there already as they are, instead of refusing them."""
+
+
+def write_maps(
+    session: InferenceSession,
+    tasks: Iterable[tuple[SequenceRecord, ...]],
+    files: MapFiles,
+    *,
+    method: ContactMethod,
+    batch_tokens: int,
+    progress: Callable[[int], None],
+) -> tuple[int, int]:
+    """How many maps were written, and how many were there. Raises OutputError, or InterruptedRunError for Ctrl-C."""
+    written = there = 0
+    files.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for chains in tasks:
+            if _is_due(chains, files):
+                contact_map = predict_contacts(session, chains, method=method, batch_tokens=batch_tokens)
+                write_contacts(contact_map, files.folder, files.formats, files.plot, replace=files.resume)
+                written += 1
+            else:
+                there += 1
+            progress(1)
+    except KeyboardInterrupt as error:
+        if not written + there:
+            raise
+        kept = f"{written + there:,} contact maps are in {files.folder}: --resume goes on from there"
+        raise InterruptedRunError(f"interrupted; {kept}") from error
+    return written, there
+
+
+def _is_due(chains: Sequence[SequenceRecord], files: MapFiles) -> bool:
+    paths = contact_paths([chain.id for chain in chains], files.folder, files.formats, files.plot)
+    if not files.resume:
+        refuse_existing(paths)
+        return True
+    return not is_written(paths, "".join(chain.sequence for chain in chains))
