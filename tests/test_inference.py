@@ -318,3 +318,13 @@ def test_contact_maps_go_on_where_ctrl_c_stopped_them(model, fasta, tmp_path, ca
     assert "--resume" in capsys.readouterr().err
     assert run([*command, "--resume"]) == 0
     assert "4 contact maps (2 were there already)" in capsys.readouterr().out
+
+
+def test_a_map_that_memory_does_not_hold_is_told_in_one_line(model, fasta, tmp_path, capsys, monkeypatch):
+    def asks_for_too_much(session, chains, **options):
+        return torch.zeros(1 << 50)
+
+    monkeypatch.setattr(contact_maps, "predict_contacts", asks_for_too_much)
+    command = ["predict-contacts", "--model", str(model), "--fasta", str(fasta), "--out", str(tmp_path / "maps"), "-q"]
+    assert run(command) == 1
+    assert "p/0: a map of 30 residues takes more memory than there is; it grows" in capsys.readouterr().err

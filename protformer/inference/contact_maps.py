@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protformer.corpus.fasta import SequenceRecord
-from protformer.errors import InterruptedRunError
+from protformer.device import is_out_of_memory, memory_refused_in_time
+from protformer.errors import InputError, InterruptedRunError
+from protformer.inference.contact_scores import ContactMap
 from protformer.inference.contact_writers import (
     ContactFormat,
     contact_paths,
@@ -46,7 +48,7 @@ def write_maps(
     try:
         for chains in tasks:
             if _is_due(chains, files):
-                contact_map = predict_contacts(session, chains, method=method, batch_tokens=batch_tokens)
+                contact_map = _predict(session, chains, method, batch_tokens)
                 write_contacts(contact_map, files.folder, files.formats, files.plot, replace=files.resume)
                 written += 1
             else:
@@ -58,6 +60,22 @@ def write_maps(
         kept = f"{written + there:,} contact maps are in {files.folder}: --resume goes on from there"
         raise InterruptedRunError(f"interrupted; {kept}") from error
     return written, there
+
+
+def _predict(
+    session: InferenceSession, chains: tuple[SequenceRecord, ...], method: ContactMethod, batch_tokens: int
+) -> ContactMap:
+    """Raises InputError if there is too little memory, where the system would end the process."""
+    try:
+        with memory_refused_in_time(session.device):
+            return predict_contacts(session, chains, method=method, batch_tokens=batch_tokens)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        name, length = "__".join(chain.id for chain in chains), sum(len(chain) for chain in chains)
+        raise InputError(
+            f"{name}: a map of {length:,} residues takes more memory than there is; it grows with the square"
+        ) from error
 
 
 def _is_due(chains: Sequence[SequenceRecord], files: MapFiles) -> bool:
