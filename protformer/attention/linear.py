@@ -43,7 +43,7 @@ from protformer.attention.block_work import (
     empty_like,
     of_heads,
 )
-from protformer.attention.feature_maps import Block, FeatureMap, Reference
+from protformer.attention.feature_maps import FeatureMap, Reference
 from protformer.attention.head_shares import head_shares, largest_share
 from protformer.attention.interface import Heads, Segments
 from protformer.attention.pieces import Piece, block_ranges, block_residues, lay_out
@@ -130,6 +130,7 @@ class PieceWork(BlockWork):
         size = block_residues(piece, num_features=q.shape[1] * feature_map.num_features, device=q.device)
         feature_map, self.offset = feature_map.without_offset()
         super().__init__(q, k, v, piece=piece, feature_map=feature_map, size=size)
+        self.ones = self.buffer.new_ones((self.num_rows, 1, size)) if self.offset else None
         self.ranges = block_ranges(piece.num_residues, size)
 
     def forward(self, output: Values, denominators: Denominators) -> Summary:
@@ -186,11 +187,13 @@ class PieceWork(BlockWork):
 
     def _sum_keys(self, reference: Reference | None) -> State:
         matrix = self.matrix(None if reference is None else -reference)
-        transposed = self.no_transposed_state()
+        transposed, totals = self.no_transposed_state(), self._no_totals()
         for block in self.ranges:
             features = self.feature_map.activate(self.key_products(matrix, *block))
-            self._add_products(transposed, self.load_values(*block), features)
-        return _contiguous_transpose(transposed)
+            values = self.load_values(*block)
+            transposed.baddbmm_(values.transpose(1, 2), features)
+            self._add_to(totals, values)
+        return _contiguous_transpose(self._with_offset(transposed, totals))
 
     def _attend(self, summary: Summary, output: Values, denominators: Denominators) -> None:
         matrix = self.matrix(summary.reference)
@@ -205,13 +208,19 @@ class PieceWork(BlockWork):
             self.piece.put(denominators, start, stop, self.by_segment(denominator))
             self.put(output, start, stop, self.sums[..., :-1], partial(_divide, numerator, denominator))
 
-    def _add_products(
-        self, transposed: Float[Tensor, "row channel feature"], addends: BlockSums, features: Block
-    ) -> None:
-        """Add what a block contributes to a sum over residues."""
-        transposed.baddbmm_(addends.transpose(1, 2), features)
-        if self.offset:
-            transposed.add_(addends.sum(dim=1).unsqueeze(-1), alpha=self.offset)
+    def _no_totals(self) -> Float[Tensor, "row 1 channel"]:
+        return self.buffer.new_zeros((self.num_rows, 1, self.values.shape[2]))
+
+    def _add_to(self, totals: Float[Tensor, "row 1 channel"], addends: BlockSums) -> None:
+        """Sum over the residues of a block, for the features' offset; as a product, a quarter of the time of `sum`."""
+        if self.ones is not None:
+            totals.baddbmm_(self.ones[:, :, : addends.shape[1]], addends)
+
+    def _with_offset(
+        self, transposed: Float[Tensor, "row channel feature"], totals: Float[Tensor, "row 1 channel"]
+    ) -> Float[Tensor, "row channel feature"]:
+        """Sums over residues of features and addends, completed by those of the offset and the same addends."""
+        return transposed.add_(totals.transpose(1, 2), alpha=self.offset) if self.offset else transposed
 
     def _of_offset(self, state: State) -> Float[Tensor, "row 1 channel"] | None:
         """What the offset contributes to the product of any features with a state."""
@@ -225,14 +234,16 @@ class PieceWork(BlockWork):
         matrix = self.matrix(summary.reference)
         assert summary.state is not None
         transposed, transposed_gradient = _contiguous_transpose(summary.state), self.no_transposed_state()
+        totals = self._no_totals()
         for start, stop in self.ranges:
             products = self.query_products(matrix, start, stop, centre=summary.is_centred, out=self.buffer)
             sums_gradient = self.sums_gradient(output, start, stop)
             products_gradient = self.gradient_of_features(sums_gradient, transposed)
             self.feature_map.activate_with_gradient(products, products_gradient)
-            self._add_products(transposed_gradient, sums_gradient, products)
+            transposed_gradient.baddbmm_(sums_gradient.transpose(1, 2), products)
+            self._add_to(totals, sums_gradient)
             self.put_query_gradients(gradient, products_gradient, start, stop)
-        return transposed_gradient
+        return self._with_offset(transposed_gradient, totals)
 
     def differentiate_keys(
         self, reference: Reference | None, transposed_gradient: Tensor, gradients: tuple[Heads, Values]
