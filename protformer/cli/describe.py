@@ -22,7 +22,7 @@ def command(path: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts))
         return
-    width = max(_LEAST_WIDTH, *map(len, facts))
+    width = max([_LEAST_WIDTH, *map(len, facts)])
     for name, value in facts.items():
         click.echo(f"{name:{width}} {_as_text(value, indent=width + 1)}")
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from protformer.corpus.fasta import SequenceRecord
 from protformer.device import is_out_of_memory, memory_refused_in_time
 from protformer.errors import InputError, InterruptedRunError
-from protformer.inference.contact_scores import ContactMap
 from protformer.inference.contact_writers import (
     ContactFormat,
     contact_paths,
@@ -48,8 +47,7 @@ def write_maps(
     try:
         for chains in tasks:
             if _is_due(chains, files):
-                contact_map = _predict(session, chains, method, batch_tokens)
-                write_contacts(contact_map, files.folder, files.formats, files.plot, replace=files.resume)
+                _write_map(session, chains, files, method, batch_tokens)
                 written += 1
             else:
                 there += 1
@@ -62,13 +60,18 @@ def write_maps(
     return written, there
 
 
-def _predict(
-    session: InferenceSession, chains: tuple[SequenceRecord, ...], method: ContactMethod, batch_tokens: int
-) -> ContactMap:
+def _write_map(
+    session: InferenceSession,
+    chains: tuple[SequenceRecord, ...],
+    files: MapFiles,
+    method: ContactMethod,
+    batch_tokens: int,
+) -> None:
     """Raises InputError if there is too little memory, where the system would end the process."""
     try:
         with memory_refused_in_time(session.device):
-            return predict_contacts(session, chains, method=method, batch_tokens=batch_tokens)
+            contact_map = predict_contacts(session, chains, method=method, batch_tokens=batch_tokens)
+            write_contacts(contact_map, files.folder, files.formats, files.plot, replace=files.resume)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -83,4 +86,4 @@ def _is_due(chains: Sequence[SequenceRecord], files: MapFiles) -> bool:
     if not files.resume:
         refuse_existing(paths)
         return True
-    return not is_written(paths, "".join(chain.sequence for chain in chains))
+    return not is_written(paths, [chain.sequence for chain in chains])

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import string
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -72,17 +73,22 @@ def refuse_existing(paths: Sequence[Path]) -> None:
             raise OutputError(f"{path}: exists already; go on with --resume, choose another --out, or delete it")
 
 
-def is_written(paths: Sequence[Path], sequence: str) -> bool:
-    """Whether all files of a map are there. Raises OutputError if the .npz among them is of another sequence."""
-    if not all(path.exists() for path in paths):
-        return False
+def is_written(paths: Sequence[Path], chains: Sequence[str]) -> bool:
+    """Whether all files of a map are there. Raises OutputError if the .npz among them is of other chains, or no map."""
     for path in paths:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                found = str(arrays["sequence"])
-            if found != sequence:
-                raise OutputError(f"{path}: is of another sequence of that id; choose another --out, or delete it")
-    return True
+        if path.suffix == ".npz" and path.exists() and _chains_in(path) != list(chains):
+            raise OutputError(f"{path}: is of another sequence of that id; choose another --out, or delete it")
+    return all(path.exists() for path in paths)
+
+
+def _chains_in(path: Path) -> list[str]:
+    """The sequences of the chains of a map."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            sequence, ends = str(arrays["sequence"]), np.cumsum(arrays["chain_lengths"]).tolist()
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise OutputError(f"{path}: not a contact map, or damaged; choose another --out, or delete it") from error
+    return [sequence[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def file_stem(chain_ids: Sequence[str]) -> str:

@@ -93,7 +93,7 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
     def has(self, protein_id: str, sequence: bytes) -> bool:
         if protein_id not in self._done:
             return False
-        if self._done[protein_id] != hash_of_sequence(sequence):
+        if self._done[protein_id] not in (0, hash_of_sequence(sequence)):
             raise OutputError(
                 f"{self._path}: {protein_id!r} is in the file with another sequence; resume with the same proteins, or"
                 " choose another --out"

@@ -36,9 +36,10 @@ class InferenceSession:
     def require_lm_head(self, what: str) -> None:
         """Raise InputError if the model predicts no residues, which `what` needs."""
         if not self.description.has_lm_head:
+            origin = f" ({name})" if (name := self.description.converted_from) else ""
             raise InputError(
-                f"{what}: this model has an untrained masked-LM head, as the weights it was converted from"
-                f" ({self.description.converted_from}) had none; train it on residues, or choose other weights"
+                f"{what}: this model has an untrained masked-LM head, as the weights it came from{origin} had none;"
+                " train it on residues, or choose other weights"
             )
 
 
