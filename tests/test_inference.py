@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_model import write_model
 
+from protformer import device
 from protformer.alphabet import EOS, STANDARD_RESIDUES, TOKENS
 from protformer.cli import run
 from protformer.config import ExactConfig, FavorConfig
@@ -322,8 +323,9 @@ def test_contact_maps_go_on_where_ctrl_c_stopped_them(model, fasta, tmp_path, ca
 
 def test_a_map_that_memory_does_not_hold_is_told_in_one_line(model, fasta, tmp_path, capsys, monkeypatch):
     def asks_for_too_much(session, chains, **options):
-        return torch.zeros(1 << 50)
+        return torch.zeros(1 << 28)  # 1 GiB, which would be granted
 
+    monkeypatch.setattr(device, "_available_bytes", lambda: 1 << 20)
     monkeypatch.setattr(contact_maps, "predict_contacts", asks_for_too_much)
     command = ["predict-contacts", "--model", str(model), "--fasta", str(fasta), "--out", str(tmp_path / "maps"), "-q"]
     assert run(command) == 1

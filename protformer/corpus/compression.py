@@ -24,7 +24,7 @@ Consumed = Callable[[int], None]
 """Told the number of bytes read from the source (compressed as they are), each time some were read."""
 
 BLOCK_BYTES = 1 << 19
-"""Small enough for a block and what is made from it to stay in the caches: blocks of 4 MiB took 1.6 times as long."""
+"""Small enough to stay in the caches, and what is made from it: 1 MiB takes 1.07 times as long, 128 KiB 1.2 times."""
 
 _READ_BYTES = 1 << 18
 _PIECE_BYTES = 1 << 17
