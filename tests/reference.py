@@ -65,12 +65,23 @@ def best_damping(q: Tensor, k: Tensor, q_square: Tensor, k_square: Tensor, psi: 
 
 
 def generalized_weights(
-    q: Tensor, k: Tensor, segments: Tensor, *, causal: bool, projection: Tensor | None, epsilon: float, function: str
+    q: Tensor,
+    k: Tensor,
+    segments: Tensor,
+    *,
+    causal: bool,
+    projection: Tensor | None,
+    epsilon: float,
+    function: str,
+    mirrored: bool = False,
 ) -> Tensor:
     """phi(q) . phi(k), normalised over k; phi(x) = f(W x) + epsilon (Choromanski et al. 2021, eq. 5, appendix D.3).
 
     With a projection, x is the vector times d^-1/4; without, it is the vector itself. exp is taken as a log-sum-exp.
+    A mirrored projection has every row with both signs.
     """
+    if mirrored:
+        projection = torch.cat((projection, -projection))
     products_q, products_k = (_products(x, projection) for x in (q, k))
     if function == "exp":
         rows = [torch.logsumexp(products_q[:, :, i, None, :] + products_k, dim=-1) for i in range(q.shape[2])]
@@ -137,6 +148,14 @@ FUNCTIONS = {
     "abs": torch.abs,
     "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2 + 0.17,
 }
+
+
+def relu_kernel(q: Tensor, k: Tensor) -> Tensor:
+    """E[relu(w . q) relu(w . k)] over w of N(0, I), up to a factor (Cho and Saul 2009, eq. 6)."""
+    norms = q.norm(dim=-1, keepdim=True) * k.norm(dim=-1).unsqueeze(-2)
+    cosines = (q @ k.transpose(-1, -2) / norms).clamp(-1, 1)
+    angles = cosines.acos()
+    return norms * (angles.sin() + (math.pi - angles) * cosines) / math.pi
 
 
 def softmax_kernel_estimates(x: Tensor, y: Tensor, projection: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ CONFIGS: dict[str, AttentionConfig] = {
     "positive": FavorConfig(num_features=24, features="positive", row_norms="chi"),
     "favor++": FavorConfig(num_features=24, features="favor++", row_norms="chi", rescale=True),
     "scaled": FavorConfig(num_features=24, rescale=True, covariance="diagonal"),
-    "relu": GeneralizedConfig(num_features=24),
+    "relu": GeneralizedConfig(num_features=24, projection="orthogonal"),
+    "mirrored": GeneralizedConfig(num_features=32),
     "exp": GeneralizedConfig(num_features=24, function="exp", projection="iid"),
     "none": GeneralizedConfig(projection="none", function="elu_plus_one"),
 }

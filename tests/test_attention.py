@@ -25,11 +25,13 @@ CONFIGS: dict[str, AttentionConfig] = {
     "favor-damped": FavorConfig(num_features=24, features="favor++", row_norms="chi", rescale=True),
     "favor-scaled": FavorConfig(num_features=24, rescale=True, covariance="diagonal"),
     "generalized-orthogonal": GeneralizedConfig(num_features=24, projection="orthogonal"),
+    "generalized-mirrored": GeneralizedConfig(num_features=4 * 8, projection="mirrored"),
+    "generalized-uneven": GeneralizedConfig(num_features=24, projection="mirrored"),
     "generalized-none": GeneralizedConfig(projection="none"),
     "generalized-exp": GeneralizedConfig(num_features=24, function="exp", projection="iid"),
-    "generalized-sigmoid": GeneralizedConfig(num_features=24, function="sigmoid"),
+    "generalized-sigmoid": GeneralizedConfig(num_features=24, function="sigmoid", projection="mirrored"),
     "generalized-elu": GeneralizedConfig(num_features=24, function="elu_plus_one", projection="none"),
-    "generalized-abs": GeneralizedConfig(num_features=24, function="abs"),
+    "generalized-abs": GeneralizedConfig(num_features=24, function="abs", projection="orthogonal"),
     "generalized-gelu": GeneralizedConfig(num_features=24, function="gelu"),
     "clustered": ClusteredConfig(clusters_per_query=3, cluster_size=4),
     "exact": ExactConfig(),
@@ -86,7 +88,14 @@ def oracle_weights(name: str, attention: Attention, q: Tensor, k: Tensor, segmen
         )
     if isinstance(config, GeneralizedConfig):
         return reference.generalized_weights(
-            q, k, segments, causal=causal, projection=projection, epsilon=config.epsilon, function=config.function
+            q,
+            k,
+            segments,
+            causal=causal,
+            projection=projection,
+            epsilon=config.epsilon,
+            function=config.function,
+            mirrored=config.projection == "mirrored",
         )
     if isinstance(config, ClusteredConfig):
         return reference.clustered_weights(

@@ -27,7 +27,9 @@ def split_attention(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple
     return {case: tuple(max(found[case][i] for found in by_rank) for i in (0, 1)) for case in by_rank[0]}
 
 
-@pytest.mark.parametrize("kind", ["hyperbolic", "positive", "favor++", "scaled", "relu", "exp", "none", "model"])
+@pytest.mark.parametrize(
+    "kind", ["hyperbolic", "positive", "favor++", "scaled", "relu", "mirrored", "exp", "none", "model"]
+)
 def test_outputs_and_gradients_are_those_of_one_process(
     split_attention: dict[str, tuple[float, float]], kind: str
 ) -> None:

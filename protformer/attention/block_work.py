@@ -42,6 +42,11 @@ def of_heads(heads: slice, first: Tensor, second: Tensor, third: Tensor) -> tupl
     return first[:, heads], second[:, heads], third[:, heads]
 
 
+def first_places(buffer: Float[Tensor, "row size column"], num_places: int) -> Float[Tensor, "row {num_places} column"]:
+    """The buffer itself if it has no more: in threads, each view costs a wait for Python's lock."""
+    return buffer if buffer.shape[1] == num_places else buffer[:, :num_places]
+
+
 class BlockWork:
     """The steps on blocks of one piece; a row is one head of one segment."""
 
@@ -82,7 +87,7 @@ class BlockWork:
         """Let `compute` fill the block's place in x, or a buffer that is then copied to it."""
         place = self.piece.view(x, start, stop) if x.dtype == buffer.dtype else None
         if place is None:
-            part = buffer[:, : stop - start]
+            part = first_places(buffer, stop - start)
             compute(part)
             self.piece.put(x, start, stop, self.by_segment(part))
         else:
@@ -96,21 +101,20 @@ class BlockWork:
         return self.feature_map.matrix(reference, self.num_rows)
 
     def key_products(self, matrix: Tensor | None, start: int, stop: int) -> Block:
-        num_residues = stop - start
         x = self.piece.take(self.k, start, stop)
-        inputs = self.feature_map.load(x, self.key_inputs[:, :num_residues], is_key=True)
-        return self.feature_map.multiply(inputs, matrix, self.buffer[:, :num_residues])
+        inputs, out = first_places(self.key_inputs, stop - start), first_places(self.buffer, stop - start)
+        return self.feature_map.products(x, inputs, matrix, out, is_key=True)
 
     def query_products(self, matrix: Tensor | None, start: int, stop: int, *, centre: bool, out: Tensor) -> Block:
         """`centre` gives every query its own reference, the largest of its features."""
         x = self.piece.take(self.q, start, stop)
-        inputs = self.feature_map.load(x, self.query_inputs[:, : stop - start], is_key=False)
-        products = self.feature_map.multiply(inputs, matrix, out[:, : stop - start])
+        inputs, out = first_places(self.query_inputs, stop - start), first_places(out, stop - start)
+        products = self.feature_map.products(x, inputs, matrix, out, is_key=False)
         return products.sub_(products.amax(dim=-1, keepdim=True)) if centre else products
 
     def load_values(self, start: int, stop: int) -> BlockSums:
         """[v_j, 1], and zeros where there is no residue."""
-        values = self.values[:, : stop - start]
+        values = first_places(self.values, stop - start)
         by_segment = self.by_segment(values)
         by_segment[..., :-1] = self.piece.take(self.v, start, stop)
         mask = self.piece.mask(start, stop)
@@ -122,7 +126,7 @@ class BlockWork:
     def sums_gradient(self, output: tuple[Values, Denominators, Values], start: int, stop: int) -> BlockSums:
         """G of the module's docstring."""
         y, denominator, gradient = (self.piece.take(x, start, stop) for x in output)
-        flat = self.sums[:, : stop - start]
+        flat = first_places(self.sums, stop - start)
         sums = self.by_segment(flat)
         torch.div(gradient, denominator, out=sums[..., :-1])
         torch.sum(sums[..., :-1] * y, dim=-1, out=sums[..., -1])
@@ -135,7 +139,7 @@ class BlockWork:
     def gradient_of_features(self, left: Tensor, transposed_state: Tensor) -> Block:
         """G S^T or [V, 1] dS^T."""
         assert self.gradient_buffer is not None
-        return torch.bmm(left, transposed_state, out=self.gradient_buffer[:, : left.shape[1]])
+        return torch.bmm(left, transposed_state, out=first_places(self.gradient_buffer, left.shape[1]))
 
     def by_segment(self, x: Float[Tensor, "row place channel"]) -> Float[Tensor, "segment head residue channel"]:
         return x.view(self.piece.num_segments, self.num_heads, *x.shape[1:])

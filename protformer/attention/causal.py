@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -37,7 +37,7 @@ from protformer.attention.block_work import (
     of_heads,
 )
 from protformer.attention.careful_causal import LARGEST_EXPONENT, CarefulBlock, careful_block
-from protformer.attention.feature_maps import Block, ExponentialMap, FeatureMap, Reference
+from protformer.attention.feature_maps import SMALLEST_TRUSTED_SHARE, Block, ExponentialMap, FeatureMap, Reference
 from protformer.attention.head_shares import head_shares, largest_share
 from protformer.attention.interface import Heads, Segments
 from protformer.attention.past import Past
@@ -87,18 +87,20 @@ class _AttendToPast(torch.autograd.Function):
         output = empty_like(v, pieces)
         denominators = q.new_ones((*q.shape[:3], 1), dtype=compute_dtype(q, k, v))
 
-        def attend(heads: slice) -> list[list[Tensor | None]]:
-            works = [_CausalWork(*of_heads(heads, q, k, v), piece=piece, feature_map=feature_map) for piece in pieces]
-            for number, work in enumerate(works):
+        def attend(heads: slice) -> list[tuple[list[Tensor | None], FeatureMap]]:
+            found = []
+            for number, piece in enumerate(pieces):
+                work = _CausalWork(*of_heads(heads, q, k, v), piece=piece, feature_map=feature_map)
                 if entries is not None and state is not None:
                     known = None if reference is None else _rows(reference, entries[number], heads)
                     work.go_on_from(_rows(state, entries[number], heads), known)
-            return [work.forward(output[:, heads], denominators[:, heads]) for work in works]
+                found.append(_forward(work, output[:, heads], denominators[:, heads]))
+            return found
 
         with torch.autocast(q.device.type, enabled=False):
-            ctx.references = in_threads([partial(attend, heads) for heads in shares])
+            ctx.found = in_threads([partial(attend, heads) for heads in shares])
         ctx.save_for_backward(q, k, v, state, output, denominators)
-        ctx.shares, ctx.pieces, ctx.entries, ctx.feature_map = shares, pieces, entries, feature_map
+        ctx.shares, ctx.pieces, ctx.entries = shares, pieces, entries
         return output
 
     @staticmethod
@@ -108,10 +110,10 @@ class _AttendToPast(torch.autograd.Function):
         gradients = (empty_like(q, ctx.pieces), empty_like(k, ctx.pieces), empty_like(v, ctx.pieces))
         state_gradient = None if state is None else torch.zeros_like(state)
 
-        def differentiate(heads: slice, by_piece: list[list[Tensor | None]]) -> None:
+        def differentiate(heads: slice, by_piece: list[tuple[list[Tensor | None], FeatureMap]]) -> None:
             x, results = of_heads(heads, q, k, v), of_heads(heads, output, denominators, gradient)
-            for number, (piece, references) in enumerate(zip(ctx.pieces, by_piece, strict=True)):
-                work = _CausalWork(*x, piece=piece, feature_map=ctx.feature_map)
+            for number, (piece, (references, feature_map)) in enumerate(zip(ctx.pieces, by_piece, strict=True)):
+                work = _CausalWork(*x, piece=piece, feature_map=feature_map)
                 if state is not None:
                     work.go_on_from(_rows(state, ctx.entries[number], heads), references[0])
                 before = work.backward(references, results, of_heads(heads, *gradients))
@@ -119,8 +121,37 @@ class _AttendToPast(torch.autograd.Function):
                     state_gradient[ctx.entries[number], heads] = before.unflatten(0, (piece.num_segments, -1))
 
         with torch.autocast(q.device.type, enabled=False):
-            in_threads([partial(differentiate, *share) for share in zip(ctx.shares, ctx.references, strict=True)])
+            in_threads([partial(differentiate, *share) for share in zip(ctx.shares, ctx.found, strict=True)])
         return *gradients, state_gradient, None, None, None, None, None
+
+
+def _forward(
+    work: "_CausalWork", output: Values, denominators: Denominators
+) -> tuple[list[Reference | None], FeatureMap]:
+    """Fill in the output; gives the references, and the map that the backward pass is to use.
+
+    Where a query's sums cancelled, its output is that of the plain map. All others keep what they have: that anything
+    is computed again may be due to queries after them.
+    """
+    references = work.forward(output, denominators)
+    is_trusted = _is_trusted(work, denominators) if work.feature_map.num_signed else None
+    if is_trusted is None or bool(is_trusted.all()):
+        return references, work.feature_map
+    piece, plain = work.piece, work.feature_map.plain
+    first = piece.take(output, 0, piece.num_residues).clone()
+    references = _CausalWork(work.q, work.k, work.v, piece=piece, feature_map=plain).forward(output, denominators)
+    piece.put(output, 0, piece.num_residues, first.where(is_trusted, piece.take(output, 0, piece.num_residues)))
+    return references, plain
+
+
+def _is_trusted(work: "_CausalWork", denominators: Denominators) -> Bool[Tensor, "segment head place 1"]:
+    """Whether enough of a query's denominator is left, of what it would be were all its keys as the query itself."""
+    piece, norms = work.piece, partial(torch.linalg.vector_norm, dim=-1, keepdim=True, dtype=denominators.dtype)
+    of_q, of_k = (norms(piece.take(x, 0, piece.num_residues)) for x in (work.q, work.k))
+    mask = piece.mask(0, piece.num_residues)
+    sums = (of_k if mask is None else of_k * mask).cumsum(dim=2)
+    trusted: Tensor = piece.take(denominators, 0, piece.num_residues) >= SMALLEST_TRUSTED_SHARE * of_q * sums
+    return trusted
 
 
 def _rows(x: Tensor, entries: list[int], heads: slice) -> Tensor:

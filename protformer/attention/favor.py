@@ -90,10 +90,10 @@ class FavorAttention(LinearAttention):
             q, k = _multiply(q, psi), _multiply(k, 1 / psi)
         return q, k
 
-    def _attend(self, q: Heads, k: Heads, v: Values, segments: Segments) -> Values:
+    def _attend(self, q: Heads, k: Heads, v: Values, segments: Segments, *, plain: bool = False) -> Values:
         if self.moments is not None and self.training:
             self.moments.gather(*self._with_covariance(q.detach(), k.detach()), segments)
-        return super()._attend(q, k, v, segments)
+        return super()._attend(q, k, v, segments, plain=plain)
 
     def _with_covariance(self, q: Heads, k: Heads) -> tuple[Heads, Heads]:
         if self.covariance_root is None:

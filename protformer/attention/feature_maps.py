@@ -1,11 +1,12 @@
 """Feature maps of linear attention, as the blocked engines compute them: in place, on one block of features.
 
-In: a block of queries or keys. Out: phi(x) in a buffer that is given. Both kinds of map are a matrix product and an
+In: a block of queries or keys. Out: phi(x) in a buffer that is given. All maps are a matrix product and an
 elementwise function. What is added to the product (offsets of a residue, of a feature) is folded into it as further
 columns of x: no extra pass over the features, which are by far the largest arrays here.
 
     ExponentialMap   log phi(x)_r = w_r . x + b_r - c |x|^2       (FAVOR+; Choromanski et al. 2021, lemma 1)
     PointwiseMap     phi(x)_r = f(w_r . x) + epsilon              (generalized attention; ibid., eq. 5)
+    MirroredReluMap  the same with f = relu and both w_r and -w_r, in fewer numbers
 
 The features of an ExponentialMap are only ever computed relative to references: for keys, one number a feature is
 taken from log phi(k)_r, and added to log phi(q)_r. They cancel in the quotient (see `favor`).
@@ -21,39 +22,63 @@ from torch import Tensor
 
 from protformer.config import GeneralizedFunction
 
+Residues = Float[Tensor, "segment head residue head_dim"]
 Inputs = Float[Tensor, "row place column"]
 """x and the further columns; a row is one head of one segment."""
+Matrix = Float[Tensor, "row column product"]
 Block = Float[Tensor, "row place feature"]
 InputsGradient = Float[Tensor, "row place head_dim"]
 Reference = Float[Tensor, "row feature"]
+
+SMALLEST_TRUSTED_SHARE = 1 / 64
+"""What must be left of a denominator when products with signed features have cancelled, for its digits to be right: of
+what it would be without them, or were all keys alike to the query. Less is left where a query is opposed to nearly all
+keys, with cosines of -0.9 in the mean."""
 
 GELU_RAISED = 0.17
 """Added to gelu, whose least value is -0.16997, as weights must be positive."""
 
 
 class FeatureMap(ABC):
-    """What both kinds of map provide to the engines."""
+    """What all maps provide to the engines."""
 
     num_features: int
     has_references: bool
 
     num_further_columns: int
 
+    @property
+    def plain(self) -> "FeatureMap":
+        """A map of the same kernel, up to a factor, whose features are not negative."""
+        return self
+
+    @property
+    def num_signed(self) -> int:
+        """The last so many features are x itself. Products with them may cancel in sums over keys; where little is left
+        (SMALLEST_TRUSTED_SHARE), engines turn to `plain`."""
+        return 0
+
     def without_offset(self) -> tuple["FeatureMap", float]:
-        """A map with features that are all smaller by one number, and that number, for who adds it to sums of them."""
+        """A map with features that are all smaller by one number, but for signed ones, and that number, for who adds it
+        to sums of them."""
         return self, 0.0
 
     @abstractmethod
     def fill_further_columns(self, inputs: Inputs) -> None:
         """Those that do not depend on x, and zero in the others; once for a buffer."""
 
-    def load(self, x: Float[Tensor, "segment head residue head_dim"], inputs: Inputs, *, is_key: bool) -> Inputs:
+    def load(self, x: Residues, inputs: Inputs, *, is_key: bool) -> Inputs:
         """Fill a buffer with x."""
-        inputs.unflatten(0, (-1, x.shape[1]))[..., : x.shape[3]] = x
+        copy = inputs if inputs.shape[2] == x.shape[3] else inputs[..., : x.shape[3]]
+        copy.view(x.shape).copy_(x)
         return inputs
 
     @abstractmethod
-    def matrix(self, reference: Reference | None, num_rows: int) -> Float[Tensor, "row column feature"] | None:
+    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Block, *, is_key: bool) -> Block:
+        """The products of a block; `inputs` is a buffer for x."""
+
+    @abstractmethod
+    def matrix(self, reference: Reference | None, num_rows: int) -> Matrix | None:
         """What inputs are multiplied with; a reference is added to every feature."""
 
     @abstractmethod
@@ -82,10 +107,6 @@ class FeatureMap(ABC):
         """c of the module's docstring."""
         return 0.0
 
-    @abstractmethod
-    def multiply(self, inputs: Inputs, matrix: Float[Tensor, "row column feature"] | None, out: Block) -> Block:
-        """The products of a block."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExponentialMap(FeatureMap):
@@ -111,9 +132,9 @@ class ExponentialMap(FeatureMap):
         inputs[..., -2] = 0
         inputs[..., -1] = 1
 
-    def load(self, x: Float[Tensor, "segment head residue head_dim"], inputs: Inputs, *, is_key: bool) -> Inputs:
+    def load(self, x: Residues, inputs: Inputs, *, is_key: bool) -> Inputs:
         copy = inputs[..., : x.shape[3]]
-        copy.unflatten(0, (-1, x.shape[1])).copy_(x)
+        copy.view(x.shape).copy_(x)
         if is_key:  # that of a query would cancel
             torch.sum((copy * copy).mul_(-self.factor), dim=-1, out=inputs[..., -2])
         return inputs
@@ -125,7 +146,7 @@ class ExponentialMap(FeatureMap):
             products = products + self.bias
         return products - self.factor * x.square().sum(-1, keepdim=True) if is_key else products
 
-    def matrix(self, reference: Reference | None, num_rows: int) -> Float[Tensor, "row column feature"]:
+    def matrix(self, reference: Reference | None, num_rows: int) -> Matrix:
         num_features, head_dim = self.weight.shape
         matrix = self.weight.new_empty((num_rows, head_dim + 2, num_features))
         matrix[:, :-2] = self.weight.T
@@ -135,9 +156,9 @@ class ExponentialMap(FeatureMap):
             matrix[:, -1] += self.bias
         return matrix
 
-    def multiply(self, inputs: Inputs, matrix: Float[Tensor, "row column feature"] | None, out: Block) -> Block:
+    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Block, *, is_key: bool) -> Block:
         assert matrix is not None
-        return torch.bmm(inputs, matrix, out=out)
+        return torch.bmm(self.load(x, inputs, is_key=is_key), matrix, out=out)
 
     def activate(self, block: Block) -> Block:
         return block.exp_()
@@ -186,13 +207,14 @@ class PointwiseMap(FeatureMap):
     def fill_further_columns(self, inputs: Inputs) -> None:
         inputs[..., self.head_dim :] = self.shift
 
-    def matrix(self, reference: Reference | None, num_rows: int) -> Float[Tensor, "row column feature"] | None:
+    def matrix(self, reference: Reference | None, num_rows: int) -> Matrix | None:
         if self.weight is None:
             return None
         ones = self.weight.new_ones((self.num_further_columns, len(self.weight)))
         return torch.cat((self.weight.T, ones)).repeat(num_rows, 1, 1)
 
-    def multiply(self, inputs: Inputs, matrix: Float[Tensor, "row column feature"] | None, out: Block) -> Block:
+    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Block, *, is_key: bool) -> Block:
+        inputs = self.load(x, inputs, is_key=is_key)
         if matrix is None:
             return torch.add(inputs, self.shift, out=out)
         return torch.bmm(inputs, matrix, out=out)
@@ -234,3 +256,79 @@ class PointwiseMap(FeatureMap):
         if self.weight is None:
             return out.copy_(gradient)
         return torch.bmm(gradient, self.weight.expand(len(gradient), -1, -1), out=out)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MirroredReluMap(FeatureMap):
+    """relu(w_r . x) + epsilon and relu(-w_r . x) + epsilon, for a matrix W with W^T W = c I, up to a factor.
+
+    With u = W x and u' = W x',
+
+        relu(u) relu(u') + relu(-u) relu(-u') = (|u| |u'| + u u') / 2,
+
+    and the sum of u u' over the rows is c x . x'. With epsilon, |u| + 2 epsilon takes the place of |u|. So as many
+    features as W has rows and x has channels do the work of twice as many as W has rows, with half of the products.
+    """
+
+    weight: Float[Tensor, "half head_dim"]
+    """W / sqrt(c)."""
+    offset: float
+    """2 epsilon / sqrt(c)."""
+    plain_map: PointwiseMap
+    has_references = False
+    num_further_columns = 0
+
+    @property
+    def num_features(self) -> int:  # type: ignore[override]
+        return sum(self.weight.shape)
+
+    @property
+    def plain(self) -> FeatureMap:
+        return self.plain_map
+
+    @property
+    def num_signed(self) -> int:
+        return self.weight.shape[1]
+
+    def without_offset(self) -> tuple[FeatureMap, float]:
+        return replace(self, offset=0.0), self.offset
+
+    def fill_further_columns(self, inputs: Inputs) -> None:
+        """There are none."""
+
+    def matrix(self, reference: Reference | None, num_rows: int) -> Matrix:
+        return self.weight.T.repeat(num_rows, 1, 1)
+
+    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Block, *, is_key: bool) -> Block:
+        assert matrix is not None
+        signed = self.load(x, self._signed(out), is_key=is_key)
+        torch.bmm(signed, matrix, out=self._sizes(out))
+        return out
+
+    def activate(self, block: Block) -> Block:
+        sizes = self._sizes(block).abs_()
+        if self.offset:
+            sizes += self.offset
+        return block
+
+    def activate_with_gradient(self, block: Block, gradient: Block) -> None:
+        products, of_products = self._sizes(block), self._sizes(gradient)
+        torch.ops.aten.leaky_relu_backward.grad_input(of_products, products, -1.0, False, grad_input=of_products)
+        self.activate(block)
+
+    @property
+    def features_tell_gradient(self) -> bool:
+        return False
+
+    def turn_gradient(self, features: Block, gradient: Block) -> None:
+        raise NotImplementedError("sizes do not tell the signs of products")
+
+    def pull_back(self, gradient: Block, out: InputsGradient) -> InputsGradient:
+        weight = self.weight.expand(len(gradient), -1, -1)
+        return torch.baddbmm(self._signed(gradient), self._sizes(gradient), weight, out=out)
+
+    def _sizes(self, block: Block) -> Float[Tensor, "row place half"]:
+        return block[..., : self.weight.shape[0]]
+
+    def _signed(self, block: Block) -> InputsGradient:
+        return block[..., self.weight.shape[0] :]

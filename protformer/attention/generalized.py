@@ -6,11 +6,15 @@ With a projection, q and k are scaled by head_dim ** -0.25 each; without one (th
 features), f sees the head vector as it is. Time and memory are linear in the residues. Sums are in
 float32: in float16 the denominator overflows at a few thousand residues. f = exp needs no epsilon, and is
 computed like the features of `favor`, so that it does not overflow.
+
+A `mirrored` projection has half as many rows, each with both signs, in orthogonal blocks and of one length: of the
+number of features that it takes to estimate the kernel that infinitely many rows would give, ReLU then needs a fifth.
+Its features are never computed as such (see `MirroredReluMap`).
 """
 
 import torch
 
-from protformer.attention.feature_maps import ExponentialMap, FeatureMap, PointwiseMap
+from protformer.attention.feature_maps import ExponentialMap, FeatureMap, MirroredReluMap, PointwiseMap
 from protformer.attention.linear_kind import LinearAttention
 from protformer.attention.random_features import RandomFeatures
 from protformer.config import GeneralizedConfig
@@ -25,13 +29,14 @@ class GeneralizedAttention(LinearAttention):
         super().__init__(causal=causal)
         self.function = config.function
         self.epsilon = config.epsilon
+        self.is_mirrored = config.projection == "mirrored"
         self.random_features: RandomFeatures | None = None
         if config.projection != "none":
             self.random_features = RandomFeatures(
-                config.num_features,
+                config.num_features // 2 if self.is_mirrored else config.num_features,
                 head_dim,
-                orthogonal=config.projection == "orthogonal",
-                row_norms="chi",
+                orthogonal=config.projection != "iid",
+                row_norms="sqrt_d" if self.is_mirrored else "chi",
                 redraw_every_steps=config.redraw_every_steps,
                 seed=seed,
                 layer=layer,
@@ -41,9 +46,26 @@ class GeneralizedAttention(LinearAttention):
         weight = None
         if self.random_features is not None:
             weight = self.random_features.projection.to(dtype) * head_dim**-0.25
+            if self.is_mirrored:
+                weight = torch.cat((weight, -weight))
         if self.function != "exp":
-            return PointwiseMap(weight=weight, head_dim=head_dim, function=self.function, epsilon=self.epsilon)
+            plain = PointwiseMap(weight=weight, head_dim=head_dim, function=self.function, epsilon=self.epsilon)
+            return self._mirrored_relu_map(plain) if self._has_mirrored_relu_map(plain) else plain
         if weight is None:
             device = next((buffer.device for buffer in self.buffers()), None)
             weight = torch.eye(head_dim, dtype=dtype, device=device)
         return ExponentialMap(weight=weight, bias=None, factor=0.0)
+
+    def _has_mirrored_relu_map(self, plain: PointwiseMap) -> bool:
+        """Whether W^T W = c I, up to the rounding of float32."""
+        if plain.weight is None or not self.is_mirrored or self.function != "relu":
+            return False
+        half, is_single = len(plain.weight) // 2, plain.weight.dtype == torch.float32
+        return is_single and half % plain.head_dim == 0
+
+    def _mirrored_relu_map(self, plain: PointwiseMap) -> MirroredReluMap:
+        assert plain.weight is not None
+        half = len(plain.weight) // 2
+        # Rows have the squared length d^1/2, so c = half d^1/2 / d.
+        root = (half * plain.head_dim**-0.5) ** 0.5
+        return MirroredReluMap(weight=plain.weight[:half] / root, offset=2 * self.epsilon / root, plain_map=plain)

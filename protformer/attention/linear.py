@@ -41,9 +41,10 @@ from protformer.attention.block_work import (
     Values,
     compute_dtype,
     empty_like,
+    first_places,
     of_heads,
 )
-from protformer.attention.feature_maps import FeatureMap, Reference
+from protformer.attention.feature_maps import SMALLEST_TRUSTED_SHARE, FeatureMap, Reference
 from protformer.attention.head_shares import head_shares, largest_share
 from protformer.attention.interface import Heads, Segments
 from protformer.attention.pieces import Piece, block_ranges, block_residues, lay_out
@@ -74,9 +75,15 @@ class _AttendToAll(torch.autograd.Function):
         denominators = q.new_ones((*q.shape[:3], 1), dtype=compute_dtype(q, k, v))
 
         def attend(heads: slice) -> list["Summary"]:
-            x = of_heads(heads, q, k, v)
-            works = (PieceWork(*x, piece=piece, feature_map=feature_map) for piece in pieces)
-            return [work.forward(output[:, heads], denominators[:, heads]) for work in works]
+            x, results = of_heads(heads, q, k, v), (output[:, heads], denominators[:, heads])
+            summaries = []
+            for piece in pieces:
+                summary = PieceWork(*x, piece=piece, feature_map=feature_map).forward(*results)
+                if not summary.is_trusted:
+                    summary = PieceWork(*x, piece=piece, feature_map=feature_map.plain).forward(*results)
+                    summary = replace(summary, is_trusted=False)
+                summaries.append(summary)
+            return summaries
 
         with torch.autocast(q.device.type, enabled=False):
             by_share = in_threads([partial(attend, heads) for heads in shares])
@@ -90,7 +97,7 @@ class _AttendToAll(torch.autograd.Function):
         references = [summary.reference for summary in summaries]
         ctx.save_for_backward(q, k, v, output, denominators, *references, *states)
         ctx.shares, ctx.pieces, ctx.feature_map = shares, pieces, feature_map
-        ctx.is_centred = [summary.is_centred for summary in summaries]
+        ctx.traits = [(summary.is_centred, summary.is_trusted) for summary in summaries]
         return output
 
     @staticmethod
@@ -98,14 +105,18 @@ class _AttendToAll(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, denominators, *saved = ctx.saved_tensors
         gradients = (empty_like(q, ctx.pieces), empty_like(k, ctx.pieces), empty_like(v, ctx.pieces))
-        references, states = saved[: len(ctx.is_centred)], saved[len(ctx.is_centred) :]
-        summaries = [Summary(*parts) for parts in zip(references, states, ctx.is_centred, strict=True)]
+        references, states = saved[: len(ctx.traits)], saved[len(ctx.traits) :]
+        summaries = [
+            Summary(reference, state, *traits)
+            for reference, state, traits in zip(references, states, ctx.traits, strict=True)
+        ]
 
         def differentiate(number: int, heads: slice) -> None:
             x, results = of_heads(heads, q, k, v), of_heads(heads, output, denominators, gradient)
             found = summaries[number * len(ctx.pieces) : (number + 1) * len(ctx.pieces)]
             for piece, summary in zip(ctx.pieces, found, strict=True):
-                work = PieceWork(*x, piece=piece, feature_map=ctx.feature_map)
+                feature_map = ctx.feature_map if summary.is_trusted else ctx.feature_map.plain
+                work = PieceWork(*x, piece=piece, feature_map=feature_map)
                 work.backward(summary, results, of_heads(heads, *gradients))
 
         with torch.autocast(q.device.type, enabled=False):
@@ -121,6 +132,8 @@ class Summary:
     state: State | None
     is_centred: bool
     """Whether queries are given references of their own as well."""
+    is_trusted: bool = True
+    """Whether no sum cancelled; if one did, all of this is of the plain map."""
 
 
 class PieceWork(BlockWork):
@@ -129,6 +142,7 @@ class PieceWork(BlockWork):
     def __init__(self, q: Heads, k: Heads, v: Values, *, piece: Piece, feature_map: FeatureMap) -> None:
         size = block_residues(piece, num_features=q.shape[1] * feature_map.num_features, device=q.device)
         feature_map, self.offset = feature_map.without_offset()
+        self.with_offset = slice(0, feature_map.num_features - feature_map.num_signed)
         super().__init__(q, k, v, piece=piece, feature_map=feature_map, size=size)
         self.ranges = block_ranges(piece.num_residues, size)
 
@@ -148,9 +162,9 @@ class PieceWork(BlockWork):
 
     def attend(self, summary: Summary, output: Values, denominators: Denominators) -> Summary:
         """Fill in the output and its denominators; gives the summary that the backward pass needs for it."""
-        self._attend(summary, output, denominators)
+        is_trusted = self._attend(summary, output, denominators)
         if not self.feature_map.has_references or summary.is_centred:
-            return summary
+            return replace(summary, is_trusted=is_trusted)
         if _is_in_range(self.piece.take(denominators, 0, self.piece.num_residues)):
             return summary
         summary = replace(summary, is_centred=True)
@@ -171,12 +185,12 @@ class PieceWork(BlockWork):
         num_residues = self.piece.num_residues
         stride = max(16, num_residues // NUM_SAMPLED_KEYS)
         sample = self.piece.take(self.k, 0, num_residues)[:, :, ::stride]
-        inputs = self.key_inputs.new_empty((self.num_rows, sample.shape[2], self.key_inputs.shape[2]))
+        inputs, out = (
+            self.buffer.new_empty((self.num_rows, sample.shape[2], buffer.shape[2]))
+            for buffer in (self.key_inputs, self.buffer)
+        )
         self.feature_map.fill_further_columns(inputs)
-        self.feature_map.load(sample, inputs, is_key=True)
-        matrix = self.matrix(None)
-        assert matrix is not None
-        return torch.bmm(inputs, matrix).amax(dim=1)
+        return self.feature_map.products(sample, inputs, self.matrix(None), out, is_key=True).amax(dim=1)
 
     def _certain_reference(self) -> Reference:
         """The largest log feature of all keys."""
@@ -194,18 +208,33 @@ class PieceWork(BlockWork):
             self._add_to(totals, values)
         return _contiguous_transpose(self._with_offset(transposed, totals))
 
-    def _attend(self, summary: Summary, output: Values, denominators: Denominators) -> None:
+    def _attend(self, summary: Summary, output: Values, denominators: Denominators) -> bool:
+        """Fill in the output and its denominators; whether all of these can be trusted."""
         matrix = self.matrix(summary.reference)
         assert summary.state is not None
-        of_offset = self._of_offset(summary.state)
+        state, value_dim = self._with_unsigned_column(summary.state), self.v.shape[3]
+        of_offset, buffer = self._of_offset(state), self.buffer.new_empty((*self.buffer.shape[:2], state.shape[2]))
+        totals = self.buffer.new_empty((self.num_rows, self.piece.num_residues, state.shape[2] - value_dim))
         for start, stop in self.ranges:
             products = self.query_products(matrix, start, stop, centre=summary.is_centred, out=self.buffer)
-            sums = torch.bmm(self.feature_map.activate(products), summary.state, out=self.sums[:, : stop - start])
+            sums = torch.bmm(self.feature_map.activate(products), state, out=first_places(buffer, stop - start))
             if of_offset is not None:
                 sums += of_offset
-            numerator, denominator = sums[..., :-1], sums[..., -1:]
-            self.piece.put(denominators, start, stop, self.by_segment(denominator))
-            self.put(output, start, stop, self.sums[..., :-1], partial(_divide, numerator, denominator))
+            totals[:, start:stop] = sums[..., value_dim:]
+            compute = partial(_divide, sums[..., :value_dim], sums[..., value_dim : value_dim + 1])
+            self.put(output, start, stop, self.sums[..., :-1], compute)
+        self.piece.put(denominators, 0, self.piece.num_residues, self.by_segment(totals[..., :1]))
+        return not self.feature_map.num_signed or bool(
+            (totals[..., 0] >= SMALLEST_TRUSTED_SHARE * totals[..., 1]).all()
+        )
+
+    def _with_unsigned_column(self, state: State) -> Float[Tensor, "row feature channel_and_more"]:
+        """With a further column, if there are signed features: that of the denominators without their part in these."""
+        if not self.feature_map.num_signed:
+            return state
+        column = state[..., -1:].clone()
+        column[:, -self.feature_map.num_signed :] = 0
+        return torch.cat((state, column), dim=-1)
 
     def _no_totals(self) -> Float[Tensor, "row 1 channel"]:
         return self.buffer.new_zeros((self.num_rows, 1, self.values.shape[2]))
@@ -219,11 +248,13 @@ class PieceWork(BlockWork):
         self, transposed: Float[Tensor, "row channel feature"], totals: Float[Tensor, "row 1 channel"]
     ) -> Float[Tensor, "row channel feature"]:
         """Sums over residues of features and addends, completed by those of the offset and the same addends."""
-        return transposed.add_(totals.transpose(1, 2), alpha=self.offset) if self.offset else transposed
+        if self.offset:
+            transposed[..., self.with_offset].add_(totals.transpose(1, 2), alpha=self.offset)
+        return transposed
 
     def _of_offset(self, state: State) -> Float[Tensor, "row 1 channel"] | None:
         """What the offset contributes to the product of any features with a state."""
-        return self.offset * state.sum(dim=1, keepdim=True) if self.offset else None
+        return self.offset * state[:, self.with_offset].sum(dim=1, keepdim=True) if self.offset else None
 
     def differentiate_queries(
         self, summary: Summary, output: tuple[Values, Denominators, Values], gradient: Heads
@@ -260,7 +291,7 @@ class PieceWork(BlockWork):
             self.feature_map.activate_with_gradient(products, products_gradient)
             values_gradient = None
             if needs_last_column:
-                values_gradient = torch.bmm(products, state_gradient, out=self.sums[:, : stop - start])
+                values_gradient = torch.bmm(products, state_gradient, out=first_places(self.sums, stop - start))
                 self.piece.put(gradients[1], start, stop, self.by_segment(values_gradient[..., :-1]))
             else:
                 compute = partial(_multiply, products, state_gradient, of_offset)

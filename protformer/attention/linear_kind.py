@@ -1,6 +1,7 @@
 """What the kinds with a feature map share: everything but the map."""
 
 from abc import abstractmethod
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -41,7 +42,7 @@ class LinearAttention(Attention):
         return self._attend(q, k, v, segments)
 
     def weights(self, q: Heads, k: Heads, segments: Segments) -> AttentionWeights:
-        return weights_by_identity(self._attend, q, k, segments)
+        return weights_by_identity(partial(self._attend, plain=True), q, k, segments)
 
     def split_over(self, group: SequenceGroup | None) -> None:
         self.group = group
@@ -52,7 +53,7 @@ class LinearAttention(Attention):
 
     def initial_state(self, q: Heads, v: Values) -> Past:
         """What a causal model remembers before the first residue; of the tensors, only sizes and dtypes matter."""
-        return no_past(q, v, self.feature_map(q.shape[-1], compute_dtype(q, v)))
+        return no_past(q, v, self.feature_map(q.shape[-1], compute_dtype(q, v)).plain)
 
     def step(
         self,
@@ -63,13 +64,14 @@ class LinearAttention(Attention):
     ) -> tuple[Float[Tensor, "batch head 1 value_dim"], Past]:
         """What `forward` gives for the next residue of a protein, and the state after it, in constant time."""
         q, k = self.prepare(q, k)
-        return attend_one_step(q, k, v, state, self.feature_map(q.shape[-1], compute_dtype(q, k, v)))
+        return attend_one_step(q, k, v, state, self.feature_map(q.shape[-1], compute_dtype(q, k, v)).plain)
 
-    def _attend(self, q: Heads, k: Heads, v: Values, segments: Segments) -> Values:
+    def _attend(self, q: Heads, k: Heads, v: Values, segments: Segments, *, plain: bool = False) -> Values:
+        """`plain` features are never negative, so that no rounding makes a weight negative."""
         q, k = self.prepare(q, k)
         feature_map = self.feature_map(q.shape[-1], compute_dtype(q, k, v))
         if self.group is not None:
             attend_across = attend_to_past_across_ranks if self.causal else attend_to_all_across_ranks
-            return attend_across(q, k, v, segments, feature_map, self.group)
+            return attend_across(q, k, v, segments, feature_map.plain, self.group)
         attend = attend_to_past if self.causal else attend_to_all
-        return attend(q, k, v, segments, feature_map)
+        return attend(q, k, v, segments, feature_map.plain if plain else feature_map)

@@ -1,0 +1,169 @@
+"""ReLU with mirrored projections, whose features are |W x| and x in place of relu(W x) and relu(-W x): the same kernel,
+and another way where sums of either sign cancel. The tolerances of `test_attention` hold for what is not said here."""
+
+import math
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from protformer.attention import build_attention, causal, linear
+from protformer.attention.causal import attend_to_past
+from protformer.attention.feature_maps import MirroredReluMap, PointwiseMap
+from protformer.attention.interface import Attention
+from protformer.attention.linear import attend_to_all
+from protformer.attention.random_features import haar_directions
+from protformer.config import GeneralizedConfig
+
+HEAD_DIM, NUM_HEADS, EPSILON = 16, 2, 1e-3
+over_directions = pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+
+
+def build(is_causal: bool, projection: str = "mirrored") -> Attention:
+    config = GeneralizedConfig(num_features=4 * HEAD_DIM, projection=projection)
+    return build_attention(config, head_dim=HEAD_DIM, num_heads=NUM_HEADS, causal=is_causal, seed=0, layer=0)
+
+
+def draw(length: int, *, dtype: torch.dtype = torch.float32, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, NUM_HEADS, length, HEAD_DIM)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
+
+
+def opposed(length: int, *, from_residue: int = 0) -> list[Tensor]:
+    """Keys in one direction, and queries in the opposite one from some residue on."""
+    q, k, v = draw(length)
+    direction = 4 * torch.nn.functional.normalize(q[:, :, :1], dim=-1)
+    sign = torch.where(torch.arange(length) < from_residue, 1.0, -1.0)[:, None]
+    return [sign * direction + 0.01 * q, direction + 0.01 * k, v]
+
+
+def expected_output(attention: Attention, inputs: list[Tensor], segments: Tensor, is_causal: bool) -> Tensor:
+    weights = reference.generalized_weights(
+        *inputs[:2],
+        segments,
+        causal=is_causal,
+        projection=attention.state_dict()["random_features.projection"],
+        epsilon=EPSILON,
+        function="relu",
+        mirrored=True,
+    )
+    return reference.attend(weights, inputs[2])
+
+
+def largest_error(found: Tensor, expected: Tensor) -> float:
+    return float(((found - expected).norm() / expected.norm()).detach())
+
+
+LAYOUTS = {
+    "one protein": torch.ones(1, 300, dtype=torch.int64),
+    "several": torch.tensor([[1] * 5 + [2] * 130 + [3] + [0] * 9 + [4] * 155]),
+}
+
+
+def test_half_the_rows_and_a_quarter_less_features_do() -> None:
+    attention = build(False)
+    feature_map = attention.feature_map(HEAD_DIM, torch.float32)
+    assert attention.state_dict()["random_features.projection"].shape == (2 * HEAD_DIM, HEAD_DIM)
+    assert isinstance(feature_map, MirroredReluMap)
+    assert (feature_map.num_features, feature_map.plain.num_features) == (3 * HEAD_DIM, 4 * HEAD_DIM)
+
+
+@pytest.mark.parametrize("num_features", [2 * HEAD_DIM - 2, 3 * HEAD_DIM])
+def test_rows_that_do_not_fill_orthogonal_blocks_have_plain_features(num_features: int) -> None:
+    config = GeneralizedConfig(num_features=num_features, projection="mirrored")
+    attention = build_attention(config, head_dim=HEAD_DIM, num_heads=1, causal=False, seed=0, layer=0)
+    feature_map = attention.feature_map(HEAD_DIM, torch.float32)
+    assert isinstance(feature_map, PointwiseMap)
+    assert feature_map.num_features == num_features
+
+
+@over_directions
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float32_output_and_gradients_are_those_of_the_definition(is_causal: bool, layout: str) -> None:
+    attention, segments = build(is_causal), LAYOUTS[layout]
+    inputs = [x.requires_grad_() for x in draw(segments.shape[1])]
+    output, expected = attention(*inputs, segments), expected_output(attention, inputs, segments, is_causal)
+    assert largest_error(output, expected) < 1e-6
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+    found = torch.autograd.grad(output, inputs, direction)
+    for one, other in zip(found, torch.autograd.grad(expected, inputs, direction.double()), strict=True):
+        assert largest_error(one, other) < 2e-6
+
+
+@over_directions
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_identity_is_exact_where_rows_are_orthogonal_in_float64(is_causal: bool, layout: str) -> None:
+    rows = math.sqrt(HEAD_DIM) * haar_directions(2 * HEAD_DIM, HEAD_DIM, torch.Generator().manual_seed(0))
+    weight, root = rows * HEAD_DIM**-0.25, math.sqrt(2 * math.sqrt(HEAD_DIM))
+    plain = PointwiseMap(weight=torch.cat((weight, -weight)), head_dim=HEAD_DIM, function="relu", epsilon=EPSILON)
+    mirrored = MirroredReluMap(weight=weight / root, offset=2 * EPSILON / root, plain_map=plain)
+    attend, segments = attend_to_past if is_causal else attend_to_all, LAYOUTS[layout]
+    inputs = [x.requires_grad_() for x in draw(segments.shape[1], dtype=torch.float64)]
+    outputs = [attend(*inputs, segments, feature_map) for feature_map in (mirrored, plain)]
+    torch.testing.assert_close(*outputs, atol=1e-12, rtol=1e-12)
+    by_map = [torch.autograd.grad(output.square().sum(), inputs) for output in outputs]
+    for one, other in zip(*by_map, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-11)
+
+
+@over_directions
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_queries_opposed_to_all_keys_have_their_digits(
+    is_causal: bool, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention, segments = build(is_causal), LAYOUTS[layout]
+    inputs = [x.requires_grad_() for x in opposed(segments.shape[1])]
+    expected = expected_output(attention, inputs, segments, is_causal)
+    plain = attention.feature_map(HEAD_DIM, torch.float32).plain
+    outputs = attention(*inputs, segments), (attend_to_past if is_causal else attend_to_all)(*inputs, segments, plain)
+    assert largest_error(outputs[0], expected) < 1e-6
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    wanted = torch.autograd.grad(expected, inputs, direction.double())
+    errors = [
+        [
+            largest_error(one, other)
+            for one, other in zip(torch.autograd.grad(x, inputs, direction), wanted, strict=True)
+        ]
+        for x in outputs
+    ]
+    # The queries' gradients themselves are differences of nearly equal numbers here.
+    assert all(here < 1.1 * plain + 1e-7 for here, plain in zip(*errors, strict=True))
+    for module in (linear, causal):
+        monkeypatch.setattr(module, "SMALLEST_TRUSTED_SHARE", 0.0)
+    assert largest_error(attention(*inputs, segments), expected) > 1e-5
+
+
+def test_that_later_queries_are_computed_another_way_is_not_seen_before_them() -> None:
+    attention, length, first_opposed = build(True), 300, 170
+    segments = torch.ones(1, length, dtype=torch.int64)
+    before = attention(*opposed(length, from_residue=length), segments)
+    after = attention(*opposed(length, from_residue=first_opposed), segments)
+    assert torch.equal(before[:, :, :first_opposed], after[:, :, :first_opposed])
+    expected = expected_output(attention, opposed(length, from_residue=first_opposed), segments, True)
+    assert largest_error(after, expected) < 1e-6
+
+
+def test_weights_are_never_negative() -> None:
+    attention, segments = build(False), LAYOUTS["one protein"]
+    q, k, _ = opposed(300)
+    assert (attention.weights(q, k, segments) >= 0).all()
+
+
+def test_mirrored_rows_have_a_fifth_of_the_error_of_as_many_others() -> None:
+    """Against infinitely many rows (Cho and Saul 2009, eq. 6), at the default's sizes, over 15 draws."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 256, 64, generator=generator, dtype=torch.float64) for _ in range(3))
+    kernel = reference.relu_kernel(q, k)
+    expected, segments = kernel / kernel.sum(dim=-1, keepdim=True) @ v, torch.ones(1, 256, dtype=torch.int64)
+    errors = {}
+    for projection in ("mirrored", "orthogonal", "iid"):
+        config = GeneralizedConfig(projection=projection, epsilon=1e-9)
+        outputs = [
+            build_attention(config, head_dim=64, num_heads=1, causal=False, seed=seed, layer=0)(q, k, v, segments)
+            for seed in range(15)
+        ]
+        errors[projection] = float(torch.stack([(output - expected).square().mean() for output in outputs]).median())
+    assert errors["mirrored"] < errors["orthogonal"] / 4
+    assert errors["orthogonal"] < 0.7 * errors["iid"]
