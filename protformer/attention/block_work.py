@@ -6,17 +6,20 @@ remembered.
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from protformer.attention.feature_maps import Block, FeatureMap, InputsGradient, Reference
+from protformer.attention.feature_maps import FeatureMap, InputsGradient, Parts, Reference
 from protformer.attention.interface import Heads
 from protformer.attention.pieces import Piece
 
 Values = Float[Tensor, "batch head residue value_dim"]
 """Like Heads, but as wide as one likes."""
+Buffers: TypeAlias = tuple[Float[Tensor, "row size _"], ...]
+"""For the parts of the largest block."""
 BlockSums = Float[Tensor, "row place channel"]
 Denominators = Float[Tensor, "batch head residue 1"]
 State = Float[Tensor, "row feature channel"]
@@ -54,27 +57,17 @@ class BlockWork:
         """`size` is the largest number of residues in a block."""
         self.q, self.k, self.v, self.piece, self.feature_map = q, k, v, piece, feature_map
         self.num_heads, self.num_rows = q.shape[1], piece.num_segments * q.shape[1]
-        self.buffer = q.new_empty((self.num_rows, size, feature_map.num_features), dtype=compute_dtype(q, k, v))
+        self.num_features = feature_map.num_features
+        self.values = q.new_ones((self.num_rows, size, v.shape[3] + 1), dtype=compute_dtype(q, k, v))
         num_columns = q.shape[3] + feature_map.num_further_columns
-        self.query_inputs, self.key_inputs = (self.buffer.new_empty((self.num_rows, size, num_columns)) for _ in "qk")
+        self.query_inputs, self.key_inputs = (self.values.new_empty((self.num_rows, size, num_columns)) for _ in "qk")
         feature_map.fill_further_columns(self.query_inputs)
         feature_map.fill_further_columns(self.key_inputs)
-        self.values = self.buffer.new_ones((self.num_rows, size, v.shape[3] + 1))
         self.sums = torch.empty_like(self.values)
-        self.gradient_buffer: Tensor | None = None
-
-    def allocate_for_backward(self) -> None:
-        """Once, however often it is asked."""
-        if self.gradient_buffer is not None:
-            return
-        self.gradient_buffer = torch.empty_like(self.buffer)
-        self.inputs_gradient = self.buffer.new_empty((*self.buffer.shape[:2], self.q.shape[3]))
+        self.inputs_gradient: Tensor | None = None
 
     def no_state(self) -> State:
-        return self.buffer.new_zeros((self.num_rows, self.buffer.shape[2], self.values.shape[2]))
-
-    def no_transposed_state(self) -> Float[Tensor, "row channel feature"]:
-        return self.buffer.new_zeros((self.num_rows, self.values.shape[2], self.buffer.shape[2]))
+        return self.values.new_zeros((self.num_rows, self.num_features, self.values.shape[2]))
 
     def put(
         self,
@@ -93,24 +86,31 @@ class BlockWork:
         else:
             compute(place)
 
-    def put_query_gradients(self, gradient: Heads, products_gradient: Block, start: int, stop: int) -> None:
+    def put_query_gradients(self, gradient: Heads, products_gradient: Parts, start: int, stop: int) -> None:
         """What |q|^2 and a query's own reference give is zero: they cancel in the quotient."""
-        self.put(gradient, start, stop, self.inputs_gradient, partial(self.feature_map.pull_back, products_gradient))
+        self.put(gradient, start, stop, self._gradient_buffer(), partial(self.feature_map.pull_back, products_gradient))
+
+    def _gradient_buffer(self) -> InputsGradient:
+        if self.inputs_gradient is None:
+            self.inputs_gradient = self.values.new_empty((*self.values.shape[:2], self.q.shape[3]))
+        return self.inputs_gradient
 
     def matrix(self, reference: Reference | None) -> Tensor | None:
         return self.feature_map.matrix(reference, self.num_rows)
 
-    def key_products(self, matrix: Tensor | None, start: int, stop: int) -> Block:
-        x = self.piece.take(self.k, start, stop)
-        inputs, out = first_places(self.key_inputs, stop - start), first_places(self.buffer, stop - start)
+    def key_products(self, matrix: Tensor | None, start: int, stop: int, buffers: Buffers) -> Parts:
+        x, inputs = self.piece.take(self.k, start, stop), first_places(self.key_inputs, stop - start)
+        out = tuple(first_places(buffer, stop - start) for buffer in buffers)
         return self.feature_map.products(x, inputs, matrix, out, is_key=True)
 
-    def query_products(self, matrix: Tensor | None, start: int, stop: int, *, centre: bool, out: Tensor) -> Block:
-        """`centre` gives every query its own reference, the largest of its features."""
-        x = self.piece.take(self.q, start, stop)
-        inputs, out = first_places(self.query_inputs, stop - start), first_places(out, stop - start)
+    def query_products(self, matrix: Tensor | None, start: int, stop: int, buffers: Buffers, *, centre: bool) -> Parts:
+        """`centre` gives every query its own reference, the largest of its features, which are in one part then."""
+        x, inputs = self.piece.take(self.q, start, stop), first_places(self.query_inputs, stop - start)
+        out = tuple(first_places(buffer, stop - start) for buffer in buffers)
         products = self.feature_map.products(x, inputs, matrix, out, is_key=False)
-        return products.sub_(products.amax(dim=-1, keepdim=True)) if centre else products
+        if centre:
+            products[0].sub_(products[0].amax(dim=-1, keepdim=True))
+        return products
 
     def load_values(self, start: int, stop: int) -> BlockSums:
         """[v_j, 1], and zeros where there is no residue."""
@@ -136,16 +136,11 @@ class BlockWork:
             sums.mul_(mask)
         return flat
 
-    def gradient_of_features(self, left: Tensor, transposed_state: Tensor) -> Block:
-        """G S^T or [V, 1] dS^T."""
-        assert self.gradient_buffer is not None
-        return torch.bmm(left, transposed_state, out=first_places(self.gradient_buffer, left.shape[1]))
-
     def by_segment(self, x: Float[Tensor, "row place channel"]) -> Float[Tensor, "segment head residue channel"]:
         return x.view(self.piece.num_segments, self.num_heads, *x.shape[1:])
 
     def put_key_gradients(
-        self, gradient: Heads, products_gradient: Block, values_gradient: BlockSums | None, start: int, stop: int
+        self, gradient: Heads, products_gradient: Parts, values_gradient: BlockSums | None, start: int, stop: int
     ) -> None:
         """`values_gradient` is that of [V, 1], if there is a norm factor; it is used up."""
         of_norm = None
@@ -160,4 +155,4 @@ class BlockWork:
                 k = self.key_inputs[:, : stop - start, : out.shape[2]]
                 out.addcmul_(of_norm, k, value=-2 * self.feature_map.norm_factor)
 
-        self.put(gradient, start, stop, self.inputs_gradient, compute)
+        self.put(gradient, start, stop, self._gradient_buffer(), compute)

@@ -34,10 +34,18 @@ from protformer.attention.block_work import (
     Values,
     compute_dtype,
     empty_like,
+    first_places,
     of_heads,
 )
 from protformer.attention.careful_causal import LARGEST_EXPONENT, CarefulBlock, careful_block
-from protformer.attention.feature_maps import SMALLEST_TRUSTED_SHARE, Block, ExponentialMap, FeatureMap, Reference
+from protformer.attention.feature_maps import (
+    SMALLEST_TRUSTED_SHARE,
+    Block,
+    ExponentialMap,
+    FeatureMap,
+    Parts,
+    Reference,
+)
 from protformer.attention.head_shares import head_shares, largest_share
 from protformer.attention.interface import Heads, Segments
 from protformer.attention.past import Past
@@ -62,6 +70,8 @@ def attend_to_past(
 
     With a `past`, the segment that begins at (row, position) goes on from its entry `past_of` there.
     """
+    if feature_map.weighs_keys:
+        feature_map = feature_map.plain  # each query has a reference of its own here
     shares = head_shares(q, num_features=feature_map.num_features)
     pieces = lay_out(segments, num_features=largest_share(shares) * feature_map.num_features)
     entries = None if past_of is None else [[past_of[begin] for begin in piece.begins()] for piece in pieces]
@@ -171,12 +181,13 @@ class _CausalWork(BlockWork):
         size = max(self.tile, size - size % self.tile)
         super().__init__(q, k, v, piece=piece, feature_map=feature_map, size=size)
         self.ranges = _tiled_ranges(piece.num_residues, size, self.tile)
-        self.key_features, self.queries = torch.empty_like(self.buffer), torch.empty_like(self.buffer)
+        shape = (self.num_rows, size, self.num_features)
+        self.keys, self.key_features, self.queries, self.gradient = (self.values.new_empty(shape) for _ in range(4))
         self.last_matrices: tuple[Reference | None, Tensor | None, Tensor | None] | None = None
         self.past: tuple[State, Reference | None] | None = None
         num_tiles = self.num_rows * (size // self.tile)
-        self.pairs, self.pairs_gradient = (self.buffer.new_empty((num_tiles, self.tile, self.tile)) for _ in range(2))
-        self.states = self.buffer.new_empty((num_tiles, self.buffer.shape[2], self.values.shape[2]))
+        self.pairs, self.pairs_gradient = (self.values.new_empty((num_tiles, self.tile, self.tile)) for _ in range(2))
+        self.states = self.values.new_empty((num_tiles, self.num_features, self.values.shape[2]))
 
     def go_on_from(self, state: State, reference: Reference | None) -> None:
         """Let the segments have a past before their first residue here."""
@@ -187,8 +198,8 @@ class _CausalWork(BlockWork):
         state, references = self._first_state(), [self._first_reference()]
         for start, stop in self.ranges:
             products, exceeds = self._key_products(references[-1], start, stop)
-            key_features = self.feature_map.activate(products)
-            query_features = self.feature_map.activate(self._query_products(references[-1], start, stop))
+            key_features = self._activate(products)
+            query_features = self._activate(self._query_products(references[-1], start, stop))
             values = self.load_values(start, stop)
             reference = references[-1]
             careful = self._careful(state, reference, start, stop) if exceeds else None
@@ -219,7 +230,6 @@ class _CausalWork(BlockWork):
 
         Gives the gradient of the state before the first residue.
         """
-        self.allocate_for_backward()
         careful_states = self._sweep_forward(references, output, gradients[0])
         return self._sweep_backward(references, careful_states, output, gradients)
 
@@ -233,16 +243,15 @@ class _CausalWork(BlockWork):
                 careful_states[number] = state
                 state = self._careful(state, references[number], start, stop).state
                 continue
-            key_features = self.key_products(self._matrices(references[number])[0], start, stop)
-            self.feature_map.activate(key_features)
+            key_features = self._activate(self._products_of_keys(references[number], start, stop))
             products = self._query_products(references[number], start, stop)
             values, sums_gradient = self.load_values(start, stop), self.sums_gradient(output, start, stop)
             states, state = self._states(state, key_features, values)
             products_gradient = self._gradient_of_features(
                 sums_gradient, states, self._pairs_gradient(sums_gradient, values), key_features
             )
-            self.feature_map.activate_with_gradient(products, products_gradient)
-            self.put_query_gradients(gradient, products_gradient, start, stop)
+            self.feature_map.activate_with_gradient(self._parts(products), self._parts(products_gradient))
+            self.put_query_gradients(gradient, self._parts(products_gradient), start, stop)
         return careful_states
 
     def _sweep_backward(
@@ -261,11 +270,11 @@ class _CausalWork(BlockWork):
                     (state, state_gradient), references[number], output[2], gradients, start, stop
                 )
                 continue
-            products = self.key_products(self._matrices(references[number])[0], start, stop)
+            products = self._products_of_keys(references[number], start, stop)
             tells = self.feature_map.features_tell_gradient
             key_features = products if tells else self.key_features[:, : stop - start].copy_(products)
-            self.feature_map.activate(key_features)
-            query_features = self.feature_map.activate(self._query_products(references[number], start, stop))
+            self._activate(key_features)
+            query_features = self._activate(self._query_products(references[number], start, stop))
             values, sums_gradient = self.load_values(start, stop), self.sums_gradient(output, start, stop)
             pairs = self._pairs(query_features, key_features).transpose(1, 2)
             pairs_gradient = self._pairs_gradient(sums_gradient, values).transpose(1, 2)
@@ -273,12 +282,13 @@ class _CausalWork(BlockWork):
             products_gradient = self._gradient_of_features(values, states, pairs_gradient, query_features)
             values_gradient = torch.bmm(self._tiles(key_features), states)
             values_gradient = values_gradient.baddbmm_(pairs, self._tiles(sums_gradient)).view_as(values)
+            gradient_parts = self._parts(products_gradient)
             if tells:
-                self.feature_map.turn_gradient(key_features, products_gradient)
+                self.feature_map.turn_gradient(self._parts(key_features), gradient_parts)
             else:
-                self.feature_map.activate_with_gradient(products, products_gradient)
+                self.feature_map.activate_with_gradient(self._parts(products), gradient_parts)
             self.piece.put(gradients[2], start, stop, self.by_segment(values_gradient[..., :-1]))
-            self.put_key_gradients(gradients[1], products_gradient, values_gradient, start, stop)
+            self.put_key_gradients(gradients[1], gradient_parts, values_gradient, start, stop)
         return state_gradient
 
     def _first_state(self) -> State:
@@ -290,18 +300,31 @@ class _CausalWork(BlockWork):
             return self.past[1]
         if not self.feature_map.has_references:
             return None
-        return self.key_products(self.matrix(None), 0, 1)[:, 0].clone()
+        return self.key_products(self.matrix(None), 0, 1, (self.keys,))[0][:, 0].clone()
 
     def _key_products(self, reference: Reference | None, start: int, stop: int) -> tuple[Block, bool]:
         """Products, and whether any exceeded the reference too far: that is cut down to what an exponential holds."""
-        products = self.key_products(self._matrices(reference)[0], start, stop)
+        products = self._products_of_keys(reference, start, stop)
         exceeds = reference is not None and not float(products.amax()) <= LARGEST_EXPONENT
         return products.clamp_(max=LARGEST_EXPONENT) if exceeds else products, exceeds
 
+    def _products_of_keys(self, reference: Reference | None, start: int, stop: int) -> Block:
+        block = first_places(self.keys, stop - start)
+        self.key_products(self._matrices(reference)[0], start, stop, self._parts(block))
+        return block
+
     def _query_products(self, reference: Reference | None, start: int, stop: int) -> Block:
-        return self.query_products(
-            self._matrices(reference)[1], start, stop, centre=self.feature_map.has_references, out=self.queries
-        )
+        block, matrix = first_places(self.queries, stop - start), self._matrices(reference)[1]
+        self.query_products(matrix, start, stop, self._parts(block), centre=self.feature_map.has_references)
+        return block
+
+    def _activate(self, block: Block) -> Block:
+        self.feature_map.activate(self._parts(block))
+        return block
+
+    def _parts(self, block: Block) -> Parts:
+        """Views: states are summed from all features together here."""
+        return tuple(block.split(self.feature_map.part_sizes, dim=-1))
 
     def _matrices(self, reference: Reference | None) -> tuple[Tensor | None, Tensor | None]:
         """What keys and queries are multiplied with, kept for as long as the references last."""
@@ -341,8 +364,7 @@ class _CausalWork(BlockWork):
 
     def _gradient_of_features(self, left: BlockSums, states: Tensor, pairs: Tensor, features: Block) -> Block:
         """G S^T + B F, or [V, 1] dS^T + B^T P."""
-        assert self.gradient_buffer is not None
-        gradient = self.gradient_buffer[:, : left.shape[1]]
+        gradient = first_places(self.gradient, left.shape[1])
         torch.bmm(self._tiles(left), states.transpose(1, 2), out=self._tiles(gradient)).baddbmm_(
             pairs, self._tiles(features)
         )

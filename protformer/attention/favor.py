@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from protformer.attention.block_work import Values, compute_dtype
 from protformer.attention.favor_statistics import Moments
-from protformer.attention.feature_maps import ExponentialMap
+from protformer.attention.feature_maps import ExponentialMap, FeatureMap, MirroredExponentialMap
 from protformer.attention.interface import Heads, Segments
 from protformer.attention.linear_kind import LinearAttention
 from protformer.attention.random_features import RandomFeatures
@@ -65,7 +65,7 @@ class FavorAttention(LinearAttention):
         has_covariance = config.covariance == "diagonal"
         self.covariance_root = nn.Parameter(torch.ones(num_heads, 1, head_dim // 2)) if has_covariance else None
 
-    def feature_map(self, head_dim: int, dtype: torch.dtype) -> ExponentialMap:
+    def feature_map(self, head_dim: int, dtype: torch.dtype) -> FeatureMap:
         weight, bias = self.random_features.projection.to(dtype), None
         if self.features == "hyperbolic":
             weight = torch.cat((weight, -weight))
@@ -74,7 +74,11 @@ class FavorAttention(LinearAttention):
             damping = self.moments.damping(dtype, rescaled=self.rescale)
             bias = damping * weight.square().sum(-1)
             weight = weight * (1 - 4 * damping).sqrt()
-        return ExponentialMap(weight=weight * head_dim**-0.25, bias=bias, factor=head_dim**-0.5 / 2)
+        plain = ExponentialMap(weight=weight * head_dim**-0.25, bias=bias, factor=head_dim**-0.5 / 2)
+        if self.features != "hyperbolic":
+            return plain
+        half = plain.weight[: plain.num_features // 2]
+        return MirroredExponentialMap(weight=half, factor=plain.factor, plain_map=plain)
 
     def redraw(self, step: int) -> None:
         super().redraw(step)

@@ -7,6 +7,7 @@ columns of x: no extra pass over the features, which are by far the largest arra
     ExponentialMap   log phi(x)_r = w_r . x + b_r - c |x|^2       (FAVOR+; Choromanski et al. 2021, lemma 1)
     PointwiseMap     phi(x)_r = f(w_r . x) + epsilon              (generalized attention; ibid., eq. 5)
     MirroredReluMap  the same with f = relu and both w_r and -w_r, in fewer numbers
+    MirroredExponentialMap  the first with both w_r and -w_r, in fewer products
 
 The features of an ExponentialMap are only ever computed relative to references: for keys, one number a feature is
 taken from log phi(k)_r, and added to log phi(q)_r. They cancel in the quotient (see `favor`).
@@ -14,6 +15,7 @@ taken from log phi(k)_r, and added to log phi(q)_r. They cancel in the quotient 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +29,10 @@ Inputs = Float[Tensor, "row place column"]
 """x and the further columns; a row is one head of one segment."""
 Matrix = Float[Tensor, "row column product"]
 Block = Float[Tensor, "row place feature"]
+Parts: TypeAlias = tuple[Float[Tensor, "row place _"], ...]
+"""The features of a block, in one array or two."""
 InputsGradient = Float[Tensor, "row place head_dim"]
-Reference = Float[Tensor, "row feature"]
+Reference = Float[Tensor, "row product"]
 
 SMALLEST_TRUSTED_SHARE = 1 / 64
 """What must be left of a denominator when products with signed features have cancelled, for its digits to be right: of
@@ -48,8 +52,14 @@ class FeatureMap(ABC):
     num_further_columns: int
 
     @property
+    def part_sizes(self) -> tuple[int, ...]:
+        """Features in each part."""
+        return (self.num_features,)
+
+    @property
     def plain(self) -> "FeatureMap":
-        """A map of the same kernel, up to a factor, whose features are not negative."""
+        """A map of the same kernel, up to a factor, with features that hold at any size of x, in one part, and not
+        negative."""
         return self
 
     @property
@@ -74,19 +84,23 @@ class FeatureMap(ABC):
         return inputs
 
     @abstractmethod
-    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Block, *, is_key: bool) -> Block:
-        """The products of a block; `inputs` is a buffer for x."""
+    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Parts, *, is_key: bool) -> Parts:
+        """The products of a block, in the first part; `inputs` is a buffer for x."""
+
+    def guess_reference(self, products: Block) -> Reference:
+        """From some keys' products."""
+        return products.amax(dim=1)
 
     @abstractmethod
     def matrix(self, reference: Reference | None, num_rows: int) -> Matrix | None:
         """What inputs are multiplied with; a reference is added to every feature."""
 
     @abstractmethod
-    def activate(self, block: Block) -> Block:
+    def activate(self, parts: Parts) -> Parts:
         """From products to features, in place."""
 
     @abstractmethod
-    def activate_with_gradient(self, block: Block, gradient: Block) -> None:
+    def activate_with_gradient(self, parts: Parts, gradient: Parts) -> None:
         """As `activate`, and turn the features' gradient into that of the products, in place too."""
 
     @property
@@ -95,17 +109,22 @@ class FeatureMap(ABC):
         """Whether `turn_gradient` works; if not, `activate_with_gradient` needs the products."""
 
     @abstractmethod
-    def turn_gradient(self, features: Block, gradient: Block) -> None:
+    def turn_gradient(self, features: Parts, gradient: Parts) -> None:
         """Turn the features' gradient into that of the products, in place."""
 
     @abstractmethod
-    def pull_back(self, gradient: Block, out: InputsGradient) -> InputsGradient:
+    def pull_back(self, gradient: Parts, out: InputsGradient) -> InputsGradient:
         """From the products' gradient to that of x, without what `norm_factor` gives."""
 
     @property
     def norm_factor(self) -> float:
         """c of the module's docstring."""
         return 0.0
+
+    @property
+    def weighs_keys(self) -> bool:
+        """Whether a key's features lack the factor exp(-c |k|^2), which its value has instead."""
+        return False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,25 +175,27 @@ class ExponentialMap(FeatureMap):
             matrix[:, -1] += self.bias
         return matrix
 
-    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Block, *, is_key: bool) -> Block:
+    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Parts, *, is_key: bool) -> Parts:
         assert matrix is not None
-        return torch.bmm(self.load(x, inputs, is_key=is_key), matrix, out=out)
+        torch.bmm(self.load(x, inputs, is_key=is_key), matrix, out=out[0])
+        return out
 
-    def activate(self, block: Block) -> Block:
-        return block.exp_()
+    def activate(self, parts: Parts) -> Parts:
+        parts[0].exp_()
+        return parts
 
-    def activate_with_gradient(self, block: Block, gradient: Block) -> None:
-        self.turn_gradient(block.exp_(), gradient)
+    def activate_with_gradient(self, parts: Parts, gradient: Parts) -> None:
+        self.turn_gradient(self.activate(parts), gradient)
 
     @property
     def features_tell_gradient(self) -> bool:
         return True
 
-    def turn_gradient(self, features: Block, gradient: Block) -> None:
-        gradient.mul_(features)
+    def turn_gradient(self, features: Parts, gradient: Parts) -> None:
+        gradient[0].mul_(features[0])
 
-    def pull_back(self, gradient: Block, out: InputsGradient) -> InputsGradient:
-        return torch.bmm(gradient, self.weight.expand(len(gradient), -1, -1), out=out)
+    def pull_back(self, gradient: Parts, out: InputsGradient) -> InputsGradient:
+        return torch.bmm(gradient[0], self.weight.expand(len(out), -1, -1), out=out)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,15 +234,19 @@ class PointwiseMap(FeatureMap):
         ones = self.weight.new_ones((self.num_further_columns, len(self.weight)))
         return torch.cat((self.weight.T, ones)).repeat(num_rows, 1, 1)
 
-    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Block, *, is_key: bool) -> Block:
+    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Parts, *, is_key: bool) -> Parts:
         inputs = self.load(x, inputs, is_key=is_key)
         if matrix is None:
-            return torch.add(inputs, self.shift, out=out)
-        return torch.bmm(inputs, matrix, out=out)
+            torch.add(inputs, self.shift, out=out[0])
+        else:
+            torch.bmm(inputs, matrix, out=out[0])
+        return out
 
-    def activate(self, block: Block) -> Block:
+    def activate(self, parts: Parts) -> Parts:
+        (block,) = parts
         if self.function == "relu":
-            return block.clamp_min_(self.epsilon)
+            block.clamp_min_(self.epsilon)
+            return parts
         if self.function == "sigmoid":
             block.sigmoid_()
         elif self.function == "abs":
@@ -230,11 +255,14 @@ class PointwiseMap(FeatureMap):
             F.elu_(block).add_(1)
         else:
             block.copy_(F.gelu(block)).add_(GELU_RAISED)
-        return block.add_(self.epsilon) if self.epsilon else block
+        if self.epsilon:
+            block.add_(self.epsilon)
+        return parts
 
-    def activate_with_gradient(self, block: Block, gradient: Block) -> None:
+    def activate_with_gradient(self, parts: Parts, gradients: Parts) -> None:
+        (block,), (gradient,) = parts, gradients
         if self.function == "relu":
-            self.turn_gradient(block, gradient)
+            self.turn_gradient(parts, gradients)
         elif self.function == "sigmoid":
             gradient.mul_(block.sigmoid()).mul_(torch.sigmoid(-block))
         elif self.function == "abs":
@@ -243,19 +271,20 @@ class PointwiseMap(FeatureMap):
             gradient.mul_(block.clamp_max(0).exp_())
         else:
             gradient.copy_(torch.ops.aten.gelu_backward(gradient, block))
-        self.activate(block)
+        self.activate(parts)
 
     @property
     def features_tell_gradient(self) -> bool:
         return self.function == "relu"
 
-    def turn_gradient(self, features: Block, gradient: Block) -> None:
-        torch.ops.aten.threshold_backward.grad_input(gradient, features, self.epsilon, grad_input=gradient)
+    def turn_gradient(self, features: Parts, gradient: Parts) -> None:
+        of_products = gradient[0]
+        torch.ops.aten.threshold_backward.grad_input(of_products, features[0], self.epsilon, grad_input=of_products)
 
-    def pull_back(self, gradient: Block, out: InputsGradient) -> InputsGradient:
+    def pull_back(self, gradient: Parts, out: InputsGradient) -> InputsGradient:
         if self.weight is None:
-            return out.copy_(gradient)
-        return torch.bmm(gradient, self.weight.expand(len(gradient), -1, -1), out=out)
+            return out.copy_(gradient[0])
+        return torch.bmm(gradient[0], self.weight.expand(len(out), -1, -1), out=out)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,6 +316,11 @@ class MirroredReluMap(FeatureMap):
         return self.plain_map
 
     @property
+    def part_sizes(self) -> tuple[int, ...]:
+        half, head_dim = self.weight.shape
+        return (half, head_dim)
+
+    @property
     def num_signed(self) -> int:
         return self.weight.shape[1]
 
@@ -299,36 +333,102 @@ class MirroredReluMap(FeatureMap):
     def matrix(self, reference: Reference | None, num_rows: int) -> Matrix:
         return self.weight.T.repeat(num_rows, 1, 1)
 
-    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Block, *, is_key: bool) -> Block:
+    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Parts, *, is_key: bool) -> Parts:
         assert matrix is not None
-        signed = self.load(x, self._signed(out), is_key=is_key)
-        torch.bmm(signed, matrix, out=self._sizes(out))
+        torch.bmm(self.load(x, out[1], is_key=is_key), matrix, out=out[0])
         return out
 
-    def activate(self, block: Block) -> Block:
-        sizes = self._sizes(block).abs_()
+    def activate(self, parts: Parts) -> Parts:
+        parts[0].abs_()
         if self.offset:
-            sizes += self.offset
-        return block
+            parts[0].add_(self.offset)
+        return parts
 
-    def activate_with_gradient(self, block: Block, gradient: Block) -> None:
-        products, of_products = self._sizes(block), self._sizes(gradient)
-        torch.ops.aten.leaky_relu_backward.grad_input(of_products, products, -1.0, False, grad_input=of_products)
-        self.activate(block)
+    def activate_with_gradient(self, parts: Parts, gradient: Parts) -> None:
+        of_products = gradient[0]
+        torch.ops.aten.leaky_relu_backward.grad_input(of_products, parts[0], -1.0, False, grad_input=of_products)
+        self.activate(parts)
 
     @property
     def features_tell_gradient(self) -> bool:
         return False
 
-    def turn_gradient(self, features: Block, gradient: Block) -> None:
+    def turn_gradient(self, features: Parts, gradient: Parts) -> None:
         raise NotImplementedError("sizes do not tell the signs of products")
 
-    def pull_back(self, gradient: Block, out: InputsGradient) -> InputsGradient:
-        weight = self.weight.expand(len(gradient), -1, -1)
-        return torch.baddbmm(self._signed(gradient), self._sizes(gradient), weight, out=out)
+    def pull_back(self, gradient: Parts, out: InputsGradient) -> InputsGradient:
+        return torch.baddbmm(gradient[1], gradient[0], self.weight.expand(len(out), -1, -1), out=out)
 
-    def _sizes(self, block: Block) -> Float[Tensor, "row place half"]:
-        return block[..., : self.weight.shape[0]]
 
-    def _signed(self, block: Block) -> InputsGradient:
-        return block[..., self.weight.shape[0] :]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MirroredExponentialMap(FeatureMap):
+    """The features of an ExponentialMap with the rows w_r and -w_r, without bias.
+
+    The second half are the reciprocals of the first, as long as both hold in float32, references of the second are
+    those of the first with the other sign, and the factor exp(-c |k|^2) is with the values. Where sums say that
+    this does not do, engines turn to `plain`.
+    """
+
+    weight: Float[Tensor, "half head_dim"]
+    """W, with all scales of x included."""
+    factor: float
+    plain_map: ExponentialMap
+    has_references = True
+    num_further_columns = 1
+
+    @property
+    def num_features(self) -> int:  # type: ignore[override]
+        return 2 * len(self.weight)
+
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        return (len(self.weight), len(self.weight))
+
+    @property
+    def plain(self) -> FeatureMap:
+        return self.plain_map
+
+    @property
+    def norm_factor(self) -> float:
+        return self.factor
+
+    @property
+    def weighs_keys(self) -> bool:
+        return True
+
+    def fill_further_columns(self, inputs: Inputs) -> None:
+        inputs[..., -1] = 1
+
+    def guess_reference(self, products: Block) -> Reference:
+        """In the middle, so that neither half has all that is large."""
+        smallest, largest = products.aminmax(dim=1)
+        return (smallest + largest) / 2
+
+    def matrix(self, reference: Reference | None, num_rows: int) -> Matrix:
+        half, head_dim = self.weight.shape
+        matrix = self.weight.new_empty((num_rows, head_dim + 1, half))
+        matrix[:, :-1] = self.weight.T
+        matrix[:, -1] = 0 if reference is None else reference
+        return matrix
+
+    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Parts, *, is_key: bool) -> Parts:
+        assert matrix is not None
+        torch.bmm(self.load(x, inputs, is_key=is_key), matrix, out=out[0])
+        return out
+
+    def activate(self, parts: Parts) -> Parts:
+        torch.reciprocal(parts[0].exp_(), out=parts[1])
+        return parts
+
+    def activate_with_gradient(self, parts: Parts, gradient: Parts) -> None:
+        self.turn_gradient(self.activate(parts), gradient)
+
+    @property
+    def features_tell_gradient(self) -> bool:
+        return True
+
+    def turn_gradient(self, features: Parts, gradient: Parts) -> None:
+        gradient[0].mul_(features[0]).addcmul_(gradient[1], features[1], value=-1)
+
+    def pull_back(self, gradient: Parts, out: InputsGradient) -> InputsGradient:
+        return torch.bmm(gradient[0], self.weight.expand(len(out), -1, -1), out=out)

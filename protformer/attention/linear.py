@@ -44,7 +44,7 @@ from protformer.attention.block_work import (
     first_places,
     of_heads,
 )
-from protformer.attention.feature_maps import SMALLEST_TRUSTED_SHARE, FeatureMap, Reference
+from protformer.attention.feature_maps import SMALLEST_TRUSTED_SHARE, FeatureMap, Parts, Reference
 from protformer.attention.head_shares import head_shares, largest_share
 from protformer.attention.interface import Heads, Segments
 from protformer.attention.pieces import Piece, block_ranges, block_residues, lay_out
@@ -64,6 +64,11 @@ def attend_to_all(q: Heads, k: Heads, v: Values, segments: Segments, feature_map
     pieces = lay_out(segments, num_features=largest_share(shares) * feature_map.num_features)
     output: Tensor = _AttendToAll.apply(q, k, v, shares, pieces, feature_map)  # type: ignore[no-untyped-call]
     return output
+
+
+SMALLEST_WEIGHT = 1e-12
+"""Of a key beside the largest of its segment, where keys are weighed apart from their features: a weight times a value
+must not leave float32's range where a feature makes up for it."""
 
 
 class _AttendToAll(torch.autograd.Function):
@@ -145,6 +150,9 @@ class PieceWork(BlockWork):
         self.with_offset = slice(0, feature_map.num_features - feature_map.num_signed)
         super().__init__(q, k, v, piece=piece, feature_map=feature_map, size=size)
         self.ranges = block_ranges(piece.num_residues, size)
+        self.parts = self._new_parts(size)
+        self.gradient_parts: Parts = ()
+        self.key_weights: Float[Tensor, "segment head place 1"] | None = None
 
     def forward(self, output: Values, denominators: Denominators) -> Summary:
         return self.attend(self.summarize(), output, denominators)
@@ -155,18 +163,24 @@ class PieceWork(BlockWork):
             return Summary(None, self._sum_keys(None), is_centred=False)
         reference = self._guess_reference()
         state = self._sum_keys(reference)
-        if _is_in_range(state[:, :, -1]):
+        if _is_in_range(state[:, :, -1]) and self._weights_are_in_range():
             return Summary(reference, state, is_centred=False)
+        if self.feature_map.weighs_keys:
+            return Summary(reference, state, is_centred=False, is_trusted=False)
         reference = self._certain_reference()
         return Summary(reference, self._sum_keys(reference), is_centred=True)
 
     def attend(self, summary: Summary, output: Values, denominators: Denominators) -> Summary:
         """Fill in the output and its denominators; gives the summary that the backward pass needs for it."""
+        if not summary.is_trusted:
+            return summary
         is_trusted = self._attend(summary, output, denominators)
         if not self.feature_map.has_references or summary.is_centred:
             return replace(summary, is_trusted=is_trusted)
         if _is_in_range(self.piece.take(denominators, 0, self.piece.num_residues)):
             return summary
+        if self.feature_map.weighs_keys:
+            return replace(summary, is_trusted=False)
         summary = replace(summary, is_centred=True)
         self._attend(summary, output, denominators)
         return summary
@@ -185,39 +199,80 @@ class PieceWork(BlockWork):
         num_residues = self.piece.num_residues
         stride = max(16, num_residues // NUM_SAMPLED_KEYS)
         sample = self.piece.take(self.k, 0, num_residues)[:, :, ::stride]
-        inputs, out = (
-            self.buffer.new_empty((self.num_rows, sample.shape[2], buffer.shape[2]))
-            for buffer in (self.key_inputs, self.buffer)
-        )
+        inputs = self.key_inputs.new_empty((self.num_rows, sample.shape[2], self.key_inputs.shape[2]))
         self.feature_map.fill_further_columns(inputs)
-        return self.feature_map.products(sample, inputs, self.matrix(None), out, is_key=True).amax(dim=1)
+        products = self.feature_map.products(
+            sample, inputs, self.matrix(None), self._new_parts(sample.shape[2]), is_key=True
+        )
+        return self.feature_map.guess_reference(products[0])
 
     def _certain_reference(self) -> Reference:
         """The largest log feature of all keys."""
         matrix = self.matrix(None)
-        largest = [self.key_products(matrix, *block).amax(dim=1) for block in self.ranges]
+        largest = [self.key_products(matrix, *block, self.parts)[0].amax(dim=1) for block in self.ranges]
         return torch.stack(largest).amax(dim=0)
 
     def _sum_keys(self, reference: Reference | None) -> State:
         matrix = self.matrix(None if reference is None else -reference)
-        transposed, totals = self.no_transposed_state(), self._no_totals()
+        transposed, totals = self._no_transposed_states(), self._no_totals()
         for block in self.ranges:
-            features = self.feature_map.activate(self.key_products(matrix, *block))
+            features = self.feature_map.activate(self.key_products(matrix, *block, self.parts))
             values = self.load_values(*block)
-            transposed.baddbmm_(values.transpose(1, 2), features)
+            _add_products(transposed, values, features)
             self._add_to(totals, values)
         return _contiguous_transpose(self._with_offset(transposed, totals))
+
+    def _new_parts(self, num_places: int) -> Parts:
+        sizes = self.feature_map.part_sizes
+        return tuple(self.values.new_empty((self.num_rows, num_places, size)) for size in sizes)
+
+    def _no_transposed_states(self) -> tuple[Float[Tensor, "row channel _"], ...]:
+        shape, sizes = (self.num_rows, self.values.shape[2]), self.feature_map.part_sizes
+        return tuple(self.values.new_zeros((*shape, size)) for size in sizes)
+
+    def load_values(self, start: int, stop: int) -> BlockSums:
+        """[v_j, 1], times the weight of a key if it has one, and zeros where there is no residue."""
+        if not self.feature_map.weighs_keys:
+            return super().load_values(start, stop)
+        values, weights = first_places(self.values, stop - start), self._weights()[:, :, start:stop]
+        by_segment = self.by_segment(values)
+        torch.mul(self.piece.take(self.v, start, stop), weights, out=by_segment[..., :-1])
+        by_segment[..., -1:] = weights
+        return values
+
+    def _weights(self) -> Float[Tensor, "segment head place 1"]:
+        """exp(-c |k|^2), relative to the shortest key of a segment's head."""
+        if self.key_weights is None:
+            keys, mask = (
+                self.piece.take(self.k, 0, self.piece.num_residues),
+                self.piece.mask(0, self.piece.num_residues),
+            )
+            norms = torch.linalg.vector_norm(keys, dim=-1, keepdim=True, dtype=self.values.dtype)
+            logarithms = norms.square_().mul_(-self.feature_map.norm_factor)
+            weights = logarithms.sub_(logarithms.amax(dim=2, keepdim=True)).exp_()
+            self.key_weights = weights if mask is None else weights * mask
+        return self.key_weights
+
+    def _weights_are_in_range(self) -> bool:
+        """Whether no weight that a large feature may outweigh has lost its digits."""
+        if not self.feature_map.weighs_keys:
+            return True
+        weights, mask = self._weights(), self.piece.mask(0, self.piece.num_residues)
+        if mask is not None:
+            weights = weights.masked_fill(~mask, 1)
+        return bool((weights >= SMALLEST_WEIGHT).all())
 
     def _attend(self, summary: Summary, output: Values, denominators: Denominators) -> bool:
         """Fill in the output and its denominators; whether all of these can be trusted."""
         matrix = self.matrix(summary.reference)
         assert summary.state is not None
         state, value_dim = self._with_unsigned_column(summary.state), self.v.shape[3]
-        of_offset, buffer = self._of_offset(state), self.buffer.new_empty((*self.buffer.shape[:2], state.shape[2]))
-        totals = self.buffer.new_empty((self.num_rows, self.piece.num_residues, state.shape[2] - value_dim))
+        of_offset, states = self._of_offset(state), state.split(self.feature_map.part_sizes, dim=1)
+        buffer = self.values.new_empty((*self.values.shape[:2], state.shape[2]))
+        totals = self.values.new_empty((self.num_rows, self.piece.num_residues, state.shape[2] - value_dim))
         for start, stop in self.ranges:
-            products = self.query_products(matrix, start, stop, centre=summary.is_centred, out=self.buffer)
-            sums = torch.bmm(self.feature_map.activate(products), state, out=first_places(buffer, stop - start))
+            products = self.query_products(matrix, start, stop, self.parts, centre=summary.is_centred)
+            sums = _multiply(self.feature_map.activate(products), states, first_places(buffer, stop - start))
             if of_offset is not None:
                 sums += of_offset
             totals[:, start:stop] = sums[..., value_dim:]
@@ -237,7 +292,7 @@ class PieceWork(BlockWork):
         return torch.cat((state, column), dim=-1)
 
     def _no_totals(self) -> Float[Tensor, "row 1 channel"]:
-        return self.buffer.new_zeros((self.num_rows, 1, self.values.shape[2]))
+        return self.values.new_zeros((self.num_rows, 1, self.values.shape[2]))
 
     def _add_to(self, totals: Float[Tensor, "row 1 channel"], addends: BlockSums) -> None:
         """Sum over the residues of a block, for the features' offset."""
@@ -245,12 +300,12 @@ class PieceWork(BlockWork):
             totals += addends.sum(dim=1, keepdim=True)
 
     def _with_offset(
-        self, transposed: Float[Tensor, "row channel feature"], totals: Float[Tensor, "row 1 channel"]
+        self, transposed: tuple[Float[Tensor, "row channel _"], ...], totals: Float[Tensor, "row 1 channel"]
     ) -> Float[Tensor, "row channel feature"]:
         """Sums over residues of features and addends, completed by those of the offset and the same addends."""
         if self.offset:
-            transposed[..., self.with_offset].add_(totals.transpose(1, 2), alpha=self.offset)
-        return transposed
+            transposed[0].add_(totals.transpose(1, 2), alpha=self.offset)
+        return torch.cat(transposed, dim=-1)
 
     def _of_offset(self, state: State) -> Float[Tensor, "row 1 channel"] | None:
         """What the offset contributes to the product of any features with a state."""
@@ -260,17 +315,16 @@ class PieceWork(BlockWork):
         self, summary: Summary, output: tuple[Values, Denominators, Values], gradient: Heads
     ) -> Tensor:
         """Fill in the gradient of q; the gradient of the state, transposed."""
-        self.allocate_for_backward()
         matrix = self.matrix(summary.reference)
         assert summary.state is not None
-        transposed, transposed_gradient = _contiguous_transpose(summary.state), self.no_transposed_state()
+        transposed, transposed_gradient = self._transposed_parts(summary.state), self._no_transposed_states()
         totals = self._no_totals()
         for start, stop in self.ranges:
-            products = self.query_products(matrix, start, stop, centre=summary.is_centred, out=self.buffer)
+            products = self.query_products(matrix, start, stop, self.parts, centre=summary.is_centred)
             sums_gradient = self.sums_gradient(output, start, stop)
-            products_gradient = self.gradient_of_features(sums_gradient, transposed)
+            products_gradient = self._gradient_of_features(sums_gradient, transposed)
             self.feature_map.activate_with_gradient(products, products_gradient)
-            transposed_gradient.baddbmm_(sums_gradient.transpose(1, 2), products)
+            _add_products(transposed_gradient, sums_gradient, products)
             self._add_to(totals, sums_gradient)
             self.put_query_gradients(gradient, products_gradient, start, stop)
         return self._with_offset(transposed_gradient, totals)
@@ -279,32 +333,72 @@ class PieceWork(BlockWork):
         self, reference: Reference | None, transposed_gradient: Tensor, gradients: tuple[Heads, Values]
     ) -> None:
         """Fill in the gradients of k and v, from that of the state."""
-        self.allocate_for_backward()
         matrix = self.matrix(None if reference is None else -reference)
         needs_last_column = bool(self.feature_map.norm_factor)
         num_columns = transposed_gradient.shape[1] - (not needs_last_column)
         state_gradient = _contiguous_transpose(transposed_gradient[:, :num_columns])
-        of_offset = self._of_offset(state_gradient)
+        transposed = self._transposed_parts(
+            state_gradient if needs_last_column else transposed_gradient.transpose(1, 2)
+        )
+        of_offset, states = self._of_offset(state_gradient), state_gradient.split(self.feature_map.part_sizes, dim=1)
         for start, stop in self.ranges:
-            products, values = self.key_products(matrix, start, stop), self.load_values(start, stop)
-            products_gradient = self.gradient_of_features(values, transposed_gradient)
+            products, values = self.key_products(matrix, start, stop, self.parts), self.load_values(start, stop)
+            products_gradient = self._gradient_of_features(values, transposed)
             self.feature_map.activate_with_gradient(products, products_gradient)
             values_gradient = None
             if needs_last_column:
-                values_gradient = torch.bmm(products, state_gradient, out=first_places(self.sums, stop - start))
-                self.piece.put(gradients[1], start, stop, self.by_segment(values_gradient[..., :-1]))
+                values_gradient = _multiply(products, states, first_places(self.sums, stop - start))
+                of_values = self.by_segment(values_gradient[..., :-1])
+                if self.key_weights is not None:
+                    of_values = of_values * self.key_weights[:, :, start:stop]
+                self.piece.put(gradients[1], start, stop, of_values)
             else:
-                compute = partial(_multiply, products, state_gradient, of_offset)
-                self.put(gradients[1], start, stop, self.sums[..., :-1], compute)
+                self.put(
+                    gradients[1],
+                    start,
+                    stop,
+                    self.sums[..., :-1],
+                    partial(_multiply_and_add, products, states, of_offset),
+                )
             self.put_key_gradients(gradients[0], products_gradient, values_gradient, start, stop)
+
+    def _transposed_parts(self, state: State) -> tuple[Float[Tensor, "row channel _"], ...]:
+        return tuple(map(_contiguous_transpose, state.split(self.feature_map.part_sizes, dim=1)))
+
+    def _gradient_of_features(self, left: BlockSums, transposed: tuple[Float[Tensor, "row channel _"], ...]) -> Parts:
+        """G S^T or [V, 1] dS^T."""
+        if not self.gradient_parts:
+            self.gradient_parts = tuple(map(torch.empty_like, self.parts))
+        places = left.shape[1]
+        return tuple(
+            torch.bmm(left, part, out=first_places(out, places))
+            for part, out in zip(transposed, self.gradient_parts, strict=True)
+        )
 
 
 def _divide(numerator: Tensor, denominator: Tensor, out: Tensor) -> None:
     torch.div(numerator, denominator, out=out)
 
 
-def _multiply(left: Tensor, right: Tensor, addend: Tensor | None, out: Tensor) -> None:
-    torch.bmm(left, right, out=out)
+def _add_products(transposed: tuple[Float[Tensor, "row channel _"], ...], addends: BlockSums, features: Parts) -> None:
+    """Add the sums over residues of features times addends."""
+    addends = addends.transpose(1, 2)
+    for state, part in zip(transposed, features, strict=True):
+        state.baddbmm_(addends, part)
+
+
+def _multiply(features: Parts, states: tuple[Float[Tensor, "row _ channel"], ...], out: BlockSums) -> BlockSums:
+    """The sum over features of features times states."""
+    torch.bmm(features[0], states[0], out=out)
+    for part, state in zip(features[1:], states[1:], strict=True):
+        out.baddbmm_(part, state)
+    return out
+
+
+def _multiply_and_add(
+    features: Parts, states: tuple[Float[Tensor, "row _ channel"], ...], addend: Tensor | None, out: BlockSums
+) -> None:
+    _multiply(features, states, out)
     if addend is not None:
         out += addend
 

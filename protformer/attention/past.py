@@ -68,5 +68,6 @@ def _features(x: Float[Tensor, "batch head 1 head_dim"], feature_map: FeatureMap
     inputs = x.new_empty((len(rows), 1, x.shape[3] + feature_map.num_further_columns))
     feature_map.fill_further_columns(inputs)
     products = x.new_empty((len(rows), 1, feature_map.num_features))
-    feature_map.products(x, inputs, feature_map.matrix(None, len(rows)), products, is_key=True)
-    return feature_map.activate(products)
+    feature_map.products(x, inputs, feature_map.matrix(None, len(rows)), (products,), is_key=True)
+    feature_map.activate((products,))
+    return products

@@ -15,6 +15,7 @@ from torch import Tensor
 from protformer.attention import build_attention
 from protformer.attention.exact import ExactAttention
 from protformer.attention.favor import FavorAttention
+from protformer.attention.feature_maps import ExponentialMap
 from protformer.attention.interface import Heads, Segments
 from protformer.config import ExactConfig, FavorConfig
 from protformer.evaluation.readiness import Readiness, measure_readiness
@@ -149,13 +150,15 @@ def _layers(model: ProteinLanguageModel, linear: ProteinLanguageModel, tokens: T
         assert isinstance(attention, FavorAttention)
         estimate = attention(q, k, v, segments)
         q, k = attention.prepare(q, k)
+        feature_map = attention.feature_map(model.config.head_dim, torch.float64).plain
+        assert isinstance(feature_map, ExponentialMap)
         yield measure_readiness(
             q,
             k,
             v,
             segments,
             linear=estimate,
-            feature_map=attention.feature_map(model.config.head_dim, torch.float64),
+            feature_map=feature_map,
             queries=queries,
             causal=model.config.direction == "unidirectional",
         )

@@ -1,5 +1,7 @@
-"""ReLU with mirrored projections, whose features are |W x| and x in place of relu(W x) and relu(-W x): the same kernel,
-and another way where sums of either sign cancel. The tolerances of `test_attention` hold for what is not said here."""
+"""Projections with both signs, whose features take fewer products: of ReLU as |W x| and x, of exp with reciprocals.
+
+The same kernels, and the plain features where sums cancel or leave float32's range.
+"""
 
 import math
 
@@ -10,11 +12,11 @@ from torch import Tensor
 
 from protformer.attention import build_attention, causal, linear
 from protformer.attention.causal import attend_to_past
-from protformer.attention.feature_maps import MirroredReluMap, PointwiseMap
+from protformer.attention.feature_maps import ExponentialMap, MirroredExponentialMap, MirroredReluMap, PointwiseMap
 from protformer.attention.interface import Attention
 from protformer.attention.linear import attend_to_all
 from protformer.attention.random_features import haar_directions
-from protformer.config import GeneralizedConfig
+from protformer.config import FavorConfig, GeneralizedConfig
 
 HEAD_DIM, NUM_HEADS, EPSILON = 16, 2, 1e-3
 over_directions = pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
@@ -143,6 +145,78 @@ def test_that_later_queries_are_computed_another_way_is_not_seen_before_them() -
     assert torch.equal(before[:, :, :first_opposed], after[:, :, :first_opposed])
     expected = expected_output(attention, opposed(length, from_residue=first_opposed), segments, True)
     assert largest_error(after, expected) < 1e-6
+
+
+def hyperbolic_maps() -> tuple[MirroredExponentialMap, ExponentialMap]:
+    attention = build_attention(
+        FavorConfig(num_features=24), head_dim=HEAD_DIM, num_heads=NUM_HEADS, causal=False, seed=0, layer=0
+    )
+    feature_map = attention.feature_map(HEAD_DIM, torch.float64)
+    assert isinstance(feature_map, MirroredExponentialMap)
+    assert isinstance(feature_map.plain, ExponentialMap)
+    return feature_map, feature_map.plain
+
+
+def assert_same_results(inputs: list[Tensor], segments: Tensor) -> None:
+    """Of both hyperbolic maps: outputs and gradients."""
+    inputs = [x.requires_grad_() for x in inputs]
+    outputs = [attend_to_all(*inputs, segments, feature_map) for feature_map in hyperbolic_maps()]
+    torch.testing.assert_close(*outputs, atol=1e-11, rtol=1e-11)
+    by_map = [torch.autograd.grad(output.square().sum(), inputs) for output in outputs]
+    for one, other in zip(*by_map, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+
+
+def scaled(length: int, *, q: float = 1, k: float = 1, last_key: float = 1) -> list[Tensor]:
+    inputs = draw(length, dtype=torch.float64)
+    inputs[0] *= q
+    inputs[1] *= k
+    inputs[1][:, :, -1] *= last_key
+    return inputs
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reciprocals_alone_do_for_hyperbolic_features_of_usual_size(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments = LAYOUTS[layout]
+    inputs = [x.requires_grad_() for x in scaled(segments.shape[1], q=2, k=2)]
+    expected = attend_to_all(*inputs, segments, hyperbolic_maps()[1])
+    monkeypatch.delattr(ExponentialMap, "activate")
+    monkeypatch.setattr(ExponentialMap, "products", None)
+    output = attend_to_all(*inputs, segments, hyperbolic_maps()[0])
+    torch.testing.assert_close(output, expected, atol=1e-12, rtol=1e-12)
+    output.sum().backward()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "scales",
+    [{}, {"q": 30.0}, {"k": 30.0}, {"q": 10.0, "k": 10.0}, {"last_key": 30.0}, {"k": 3.0, "last_key": 0.01}],
+    ids=["usual", "large queries", "large keys", "both large", "a large key", "a small key"],
+)
+def test_hyperbolic_features_hold_at_any_size(layout: str, scales: dict[str, float]) -> None:
+    """In sums that stay in range, in those that do not, and where one key weighs next to nothing beside others."""
+    segments = LAYOUTS[layout]
+    assert_same_results(scaled(segments.shape[1], **scales), segments)
+
+
+@pytest.mark.parametrize(
+    "scales", [{"q": 60.0}, {"k": 12.0}, {"last_key": 12.0}], ids=["large queries", "large keys", "a large key"]
+)
+def test_what_leaves_float32_is_computed_with_plain_features(
+    scales: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    activate = ExponentialMap.activate
+    monkeypatch.setattr(ExponentialMap, "activate", lambda *arguments: seen.append(1) or activate(*arguments))
+    inputs, segments = [x.float() for x in scaled(300, **scales)], LAYOUTS["one protein"]
+    single = FavorConfig(num_features=24)
+    attention = build_attention(single, head_dim=HEAD_DIM, num_heads=NUM_HEADS, causal=False, seed=0, layer=0)
+    output = attention(*inputs, segments)
+    assert seen
+    expected = attend_to_all(*(x.double() for x in inputs), segments, hyperbolic_maps()[1])
+    torch.testing.assert_close(output.double(), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_weights_are_never_negative() -> None:
