@@ -72,7 +72,9 @@ def num_threads(device: torch.device) -> int:
 
 
 def in_threads(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
-    """Run tasks at once, each in a thread with its share of torch's threads; the first error is raised at the end.
+    """Run tasks at once, the first one here and each other in a thread, with their shares of torch's threads.
+
+    The first error is raised at the end.
 
     Without autograd; autocast is off, as it is in every new thread.
     """
@@ -80,12 +82,14 @@ def in_threads(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
         return [tasks[0]()]
     of_all = torch.get_num_threads()
     run = partial(_run_task, num_threads=max(1, of_all // len(tasks)), inference=torch.is_inference_mode_enabled())
+    pool = _thread_pool(os.getpid(), len(tasks) - 1)
+    running = [pool.submit(run, task) for task in tasks[1:]]
     try:
-        running = [_thread_pool(os.getpid(), len(tasks)).submit(run, task) for task in tasks]
-        wait(running)
+        first = run(tasks[0])
     finally:
-        torch.set_num_threads(of_all)  # the number that threads started from now on will have
-    return [task.result() for task in running]
+        wait(running)
+        torch.set_num_threads(of_all)  # of this thread, and of those that are started from now on
+    return [first, *(task.result() for task in running)]
 
 
 def _run_task(task: Callable[[], Result], *, num_threads: int, inference: bool) -> Result:

@@ -10,11 +10,12 @@ import reference
 import torch
 from torch import Tensor
 
-from protformer.attention import build_attention, causal, linear
+from protformer.attention import build_attention, cancellation
 from protformer.attention.causal import attend_to_past
-from protformer.attention.feature_maps import ExponentialMap, MirroredExponentialMap, MirroredReluMap, PointwiseMap
+from protformer.attention.feature_maps import ExponentialMap, PointwiseMap
 from protformer.attention.interface import Attention
 from protformer.attention.linear import attend_to_all
+from protformer.attention.mirrored_maps import MirroredExponentialMap, MirroredReluMap
 from protformer.attention.random_features import haar_directions
 from protformer.config import FavorConfig, GeneralizedConfig
 
@@ -132,8 +133,7 @@ def test_queries_opposed_to_all_keys_have_their_digits(
     ]
     # The queries' gradients themselves are differences of nearly equal numbers here.
     assert all(here < 1.1 * plain + 1e-7 for here, plain in zip(*errors, strict=True))
-    for module in (linear, causal):
-        monkeypatch.setattr(module, "SMALLEST_TRUSTED_SHARE", 0.0)
+    monkeypatch.setattr(cancellation, "SMALLEST_TRUSTED_SHARE", 0.0)
     assert largest_error(attention(*inputs, segments), expected) > 1e-5
 
 

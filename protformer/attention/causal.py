@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -37,23 +37,19 @@ from protformer.attention.block_work import (
     first_places,
     of_heads,
 )
+from protformer.attention.cancellation import trusted_of_past
 from protformer.attention.careful_causal import LARGEST_EXPONENT, CarefulBlock, careful_block
-from protformer.attention.feature_maps import (
-    SMALLEST_TRUSTED_SHARE,
-    Block,
-    ExponentialMap,
-    FeatureMap,
-    Parts,
-    Reference,
-)
+from protformer.attention.feature_maps import Block, ExponentialMap, FeatureMap, Parts, Reference
 from protformer.attention.head_shares import head_shares, largest_share
 from protformer.attention.interface import Heads, Segments
 from protformer.attention.past import Past
-from protformer.attention.pieces import Piece, block_ranges, block_residues, lay_out
+from protformer.attention.pieces import Piece, block_residues, lay_out, tiled_ranges
 from protformer.device import in_threads
 
 TILE_RESIDUES = 64
 """Larger tiles have more pairs a residue, smaller ones more states."""
+TIMES_AS_LARGE = {"cpu": 4}
+"""Blocks, by type of device, as those of bidirectional attention: a block has more steps here, each of a fixed cost."""
 
 
 def attend_to_past(
@@ -102,8 +98,8 @@ class _AttendToPast(torch.autograd.Function):
             for number, piece in enumerate(pieces):
                 work = _CausalWork(*of_heads(heads, q, k, v), piece=piece, feature_map=feature_map)
                 if entries is not None and state is not None:
-                    known = None if reference is None else _rows(reference, entries[number], heads)
-                    work.go_on_from(_rows(state, entries[number], heads), known)
+                    known = None if reference is None else reference[entries[number], heads].flatten(0, 1)
+                    work.go_on_from(state[entries[number], heads].flatten(0, 1), known)
                 found.append(_forward(work, output[:, heads], denominators[:, heads]))
             return found
 
@@ -125,7 +121,7 @@ class _AttendToPast(torch.autograd.Function):
             for number, (piece, (references, feature_map)) in enumerate(zip(ctx.pieces, by_piece, strict=True)):
                 work = _CausalWork(*x, piece=piece, feature_map=feature_map)
                 if state is not None:
-                    work.go_on_from(_rows(state, ctx.entries[number], heads), references[0])
+                    work.go_on_from(state[ctx.entries[number], heads].flatten(0, 1), references[0])
                 before = work.backward(references, results, of_heads(heads, *gradients))
                 if state_gradient is not None:
                     state_gradient[ctx.entries[number], heads] = before.unflatten(0, (piece.num_segments, -1))
@@ -144,28 +140,16 @@ def _forward(
     is computed again may be due to queries after them.
     """
     references = work.forward(output, denominators)
-    is_trusted = _is_trusted(work, denominators) if work.feature_map.num_signed else None
-    if is_trusted is None or bool(is_trusted.all()):
+    if not work.feature_map.num_signed:
         return references, work.feature_map
     piece, plain = work.piece, work.feature_map.plain
+    is_trusted = trusted_of_past(work.q, work.k, denominators, piece)
+    if bool(is_trusted.all()):
+        return references, work.feature_map
     first = piece.take(output, 0, piece.num_residues).clone()
     references = _CausalWork(work.q, work.k, work.v, piece=piece, feature_map=plain).forward(output, denominators)
     piece.put(output, 0, piece.num_residues, first.where(is_trusted, piece.take(output, 0, piece.num_residues)))
     return references, plain
-
-
-def _is_trusted(work: "_CausalWork", denominators: Denominators) -> Bool[Tensor, "segment head place 1"]:
-    """Whether enough of a query's denominator is left, of what it would be were all its keys as the query itself."""
-    piece, norms = work.piece, partial(torch.linalg.vector_norm, dim=-1, keepdim=True, dtype=denominators.dtype)
-    of_q, of_k = (norms(piece.take(x, 0, piece.num_residues)) for x in (work.q, work.k))
-    mask = piece.mask(0, piece.num_residues)
-    sums = (of_k if mask is None else of_k * mask).cumsum(dim=2)
-    trusted: Tensor = piece.take(denominators, 0, piece.num_residues) >= SMALLEST_TRUSTED_SHARE * of_q * sums
-    return trusted
-
-
-def _rows(x: Tensor, entries: list[int], heads: slice) -> Tensor:
-    return x[entries, heads].flatten(0, 1)
 
 
 class _CausalWork(BlockWork):
@@ -176,11 +160,13 @@ class _CausalWork(BlockWork):
     """
 
     def __init__(self, q: Heads, k: Heads, v: Values, *, piece: Piece, feature_map: FeatureMap) -> None:
-        size = block_residues(piece, num_features=q.shape[1] * feature_map.num_features, device=q.device)
+        times = TIMES_AS_LARGE.get(q.device.type, 1)
+        num_features = q.shape[1] * feature_map.num_features
+        size = min(piece.num_residues, times * block_residues(piece, num_features=num_features, device=q.device))
         self.tile = min(TILE_RESIDUES, piece.num_residues)
         size = max(self.tile, size - size % self.tile)
         super().__init__(q, k, v, piece=piece, feature_map=feature_map, size=size)
-        self.ranges = _tiled_ranges(piece.num_residues, size, self.tile)
+        self.ranges = tiled_ranges(piece.num_residues, size, self.tile)
         shape = (self.num_rows, size, self.num_features)
         self.keys, self.key_features, self.queries, self.gradient = (self.values.new_empty(shape) for _ in range(4))
         self.last_matrices: tuple[Reference | None, Tensor | None, Tensor | None] | None = None
@@ -188,6 +174,7 @@ class _CausalWork(BlockWork):
         num_tiles = self.num_rows * (size // self.tile)
         self.pairs, self.pairs_gradient = (self.values.new_empty((num_tiles, self.tile, self.tile)) for _ in range(2))
         self.states = self.values.new_empty((num_tiles, self.num_features, self.values.shape[2]))
+        self.sums_of_tiles = torch.empty_like(self.states)
 
     def go_on_from(self, state: State, reference: Reference | None) -> None:
         """Let the segments have a past before their first residue here."""
@@ -324,7 +311,8 @@ class _CausalWork(BlockWork):
 
     def _parts(self, block: Block) -> Parts:
         """Views: states are summed from all features together here."""
-        return tuple(block.split(self.feature_map.part_sizes, dim=-1))
+        sizes = self.feature_map.part_sizes
+        return (block,) if len(sizes) == 1 else tuple(block.split(sizes, dim=-1))
 
     def _matrices(self, reference: Reference | None) -> tuple[Tensor | None, Tensor | None]:
         """What keys and queries are multiplied with, kept for as long as the references last."""
@@ -340,14 +328,15 @@ class _CausalWork(BlockWork):
         self, state: State, left: Block, right: BlockSums, *, backwards: bool = False
     ) -> tuple[Float[Tensor, "tile feature channel"], State]:
         """The state before each tile, and that after all: S from F and [V, 1], or backwards dS from P and G."""
-        left_tiles, right_tiles = (self._tiles(x).unflatten(0, (self.num_rows, -1)) for x in (left, right))
-        num_tiles = left_tiles.shape[1]
-        states = self.states[: self.num_rows * num_tiles]
-        by_row = states.unflatten(0, (self.num_rows, num_tiles))
-        for tile in reversed(range(num_tiles)) if backwards else range(num_tiles):
-            by_row[:, tile] = state
-            state.baddbmm_(left_tiles[:, tile].transpose(1, 2), right_tiles[:, tile])
-        return states, state
+        left, right = self._tiles(left), self._tiles(right)
+        states, sums = (x if len(x) == len(left) else x[: len(left)] for x in (self.states, self.sums_of_tiles))
+        torch.bmm(left.transpose(1, 2), right, out=sums)
+        tiles = list(zip(*(x.view(self.num_rows, -1, *x.shape[1:]).unbind(dim=1) for x in (states, sums)), strict=True))
+        before = state
+        for place, addend in reversed(tiles) if backwards else tiles:
+            place.copy_(before)
+            before = before.add_(addend)
+        return states, before
 
     def _pairs(self, query_features: Block, key_features: Block) -> Tensor:
         """A of the module's docstring, of each tile."""
@@ -407,10 +396,3 @@ class _CausalWork(BlockWork):
         for gradient, x in zip(gradients, found, strict=True):
             self.piece.put(gradient, start, stop, self.by_segment(x))
         return before
-
-
-def _tiled_ranges(num_residues: int, size: int, tile: int) -> list[tuple[int, int]]:
-    """Blocks of `size`, a multiple of `tile`, then what is left in single tiles, the last of which may be shorter."""
-    whole = num_residues - num_residues % size
-    rest = block_ranges(num_residues - whole, tile)
-    return [*block_ranges(whole, size), *((whole + start, whole + stop) for start, stop in rest)]

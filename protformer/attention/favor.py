@@ -34,9 +34,10 @@ from torch import Tensor, nn
 
 from protformer.attention.block_work import Values, compute_dtype
 from protformer.attention.favor_statistics import Moments
-from protformer.attention.feature_maps import ExponentialMap, FeatureMap, MirroredExponentialMap
+from protformer.attention.feature_maps import ExponentialMap, FeatureMap
 from protformer.attention.interface import Heads, Segments
 from protformer.attention.linear_kind import LinearAttention
+from protformer.attention.mirrored_maps import MirroredExponentialMap
 from protformer.attention.random_features import RandomFeatures
 from protformer.config import FavorConfig
 

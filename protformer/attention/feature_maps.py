@@ -6,8 +6,8 @@ columns of x: no extra pass over the features, which are by far the largest arra
 
     ExponentialMap   log phi(x)_r = w_r . x + b_r - c |x|^2       (FAVOR+; Choromanski et al. 2021, lemma 1)
     PointwiseMap     phi(x)_r = f(w_r . x) + epsilon              (generalized attention; ibid., eq. 5)
-    MirroredReluMap  the same with f = relu and both w_r and -w_r, in fewer numbers
-    MirroredExponentialMap  the first with both w_r and -w_r, in fewer products
+
+Where rows w come with both signs, `mirrored_maps` has faster ones.
 
 The features of an ExponentialMap are only ever computed relative to references: for keys, one number a feature is
 taken from log phi(k)_r, and added to log phi(q)_r. They cancel in the quotient (see `favor`).
@@ -33,11 +33,6 @@ Parts: TypeAlias = tuple[Float[Tensor, "row place _"], ...]
 """The features of a block, in one array or two."""
 InputsGradient = Float[Tensor, "row place head_dim"]
 Reference = Float[Tensor, "row product"]
-
-SMALLEST_TRUSTED_SHARE = 1 / 64
-"""What must be left of a denominator when products with signed features have cancelled, for its digits to be right: of
-what it would be without them, or were all keys alike to the query. Less is left where a query is opposed to nearly all
-keys, with cosines of -0.9 in the mean."""
 
 GELU_RAISED = 0.17
 """Added to gelu, whose least value is -0.16997, as weights must be positive."""
@@ -65,7 +60,7 @@ class FeatureMap(ABC):
     @property
     def num_signed(self) -> int:
         """The last so many features are x itself. Products with them may cancel in sums over keys; where little is left
-        (SMALLEST_TRUSTED_SHARE), engines turn to `plain`."""
+        (see `cancellation`), engines turn to `plain`."""
         return 0
 
     def without_offset(self) -> tuple["FeatureMap", float]:
@@ -284,151 +279,4 @@ class PointwiseMap(FeatureMap):
     def pull_back(self, gradient: Parts, out: InputsGradient) -> InputsGradient:
         if self.weight is None:
             return out.copy_(gradient[0])
-        return torch.bmm(gradient[0], self.weight.expand(len(out), -1, -1), out=out)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MirroredReluMap(FeatureMap):
-    """relu(w_r . x) + epsilon and relu(-w_r . x) + epsilon, for a matrix W with W^T W = c I, up to a factor.
-
-    With u = W x and u' = W x',
-
-        relu(u) relu(u') + relu(-u) relu(-u') = (|u| |u'| + u u') / 2,
-
-    and the sum of u u' over the rows is c x . x'. With epsilon, |u| + 2 epsilon takes the place of |u|. So as many
-    features as W has rows and x has channels do the work of twice as many as W has rows, with half of the products.
-    """
-
-    weight: Float[Tensor, "half head_dim"]
-    """W / sqrt(c)."""
-    offset: float
-    """2 epsilon / sqrt(c)."""
-    plain_map: PointwiseMap
-    has_references = False
-    num_further_columns = 0
-
-    @property
-    def num_features(self) -> int:  # type: ignore[override]
-        return sum(self.weight.shape)
-
-    @property
-    def plain(self) -> FeatureMap:
-        return self.plain_map
-
-    @property
-    def part_sizes(self) -> tuple[int, ...]:
-        half, head_dim = self.weight.shape
-        return (half, head_dim)
-
-    @property
-    def num_signed(self) -> int:
-        return self.weight.shape[1]
-
-    def without_offset(self) -> tuple[FeatureMap, float]:
-        return replace(self, offset=0.0), self.offset
-
-    def fill_further_columns(self, inputs: Inputs) -> None:
-        """There are none."""
-
-    def matrix(self, reference: Reference | None, num_rows: int) -> Matrix:
-        return self.weight.T.repeat(num_rows, 1, 1)
-
-    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Parts, *, is_key: bool) -> Parts:
-        assert matrix is not None
-        torch.bmm(self.load(x, out[1], is_key=is_key), matrix, out=out[0])
-        return out
-
-    def activate(self, parts: Parts) -> Parts:
-        parts[0].abs_()
-        if self.offset:
-            parts[0].add_(self.offset)
-        return parts
-
-    def activate_with_gradient(self, parts: Parts, gradient: Parts) -> None:
-        of_products = gradient[0]
-        torch.ops.aten.leaky_relu_backward.grad_input(of_products, parts[0], -1.0, False, grad_input=of_products)
-        self.activate(parts)
-
-    @property
-    def features_tell_gradient(self) -> bool:
-        return False
-
-    def turn_gradient(self, features: Parts, gradient: Parts) -> None:
-        raise NotImplementedError("sizes do not tell the signs of products")
-
-    def pull_back(self, gradient: Parts, out: InputsGradient) -> InputsGradient:
-        return torch.baddbmm(gradient[1], gradient[0], self.weight.expand(len(out), -1, -1), out=out)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MirroredExponentialMap(FeatureMap):
-    """The features of an ExponentialMap with the rows w_r and -w_r, without bias.
-
-    The second half are the reciprocals of the first, as long as both hold in float32, references of the second are
-    those of the first with the other sign, and the factor exp(-c |k|^2) is with the values. Where sums say that
-    this does not do, engines turn to `plain`.
-    """
-
-    weight: Float[Tensor, "half head_dim"]
-    """W, with all scales of x included."""
-    factor: float
-    plain_map: ExponentialMap
-    has_references = True
-    num_further_columns = 1
-
-    @property
-    def num_features(self) -> int:  # type: ignore[override]
-        return 2 * len(self.weight)
-
-    @property
-    def part_sizes(self) -> tuple[int, ...]:
-        return (len(self.weight), len(self.weight))
-
-    @property
-    def plain(self) -> FeatureMap:
-        return self.plain_map
-
-    @property
-    def norm_factor(self) -> float:
-        return self.factor
-
-    @property
-    def weighs_keys(self) -> bool:
-        return True
-
-    def fill_further_columns(self, inputs: Inputs) -> None:
-        inputs[..., -1] = 1
-
-    def guess_reference(self, products: Block) -> Reference:
-        """In the middle, so that neither half has all that is large."""
-        smallest, largest = products.aminmax(dim=1)
-        return (smallest + largest) / 2
-
-    def matrix(self, reference: Reference | None, num_rows: int) -> Matrix:
-        half, head_dim = self.weight.shape
-        matrix = self.weight.new_empty((num_rows, head_dim + 1, half))
-        matrix[:, :-1] = self.weight.T
-        matrix[:, -1] = 0 if reference is None else reference
-        return matrix
-
-    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Parts, *, is_key: bool) -> Parts:
-        assert matrix is not None
-        torch.bmm(self.load(x, inputs, is_key=is_key), matrix, out=out[0])
-        return out
-
-    def activate(self, parts: Parts) -> Parts:
-        torch.reciprocal(parts[0].exp_(), out=parts[1])
-        return parts
-
-    def activate_with_gradient(self, parts: Parts, gradient: Parts) -> None:
-        self.turn_gradient(self.activate(parts), gradient)
-
-    @property
-    def features_tell_gradient(self) -> bool:
-        return True
-
-    def turn_gradient(self, features: Parts, gradient: Parts) -> None:
-        gradient[0].mul_(features[0]).addcmul_(gradient[1], features[1], value=-1)
-
-    def pull_back(self, gradient: Parts, out: InputsGradient) -> InputsGradient:
         return torch.bmm(gradient[0], self.weight.expand(len(out), -1, -1), out=out)

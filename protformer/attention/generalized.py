@@ -9,13 +9,14 @@ computed like the features of `favor`, so that it does not overflow.
 
 A `mirrored` projection has half as many rows, each with both signs, in orthogonal blocks and of one length: of the
 number of features that it takes to estimate the kernel that infinitely many rows would give, ReLU then needs a fifth.
-Its features are never computed as such (see `MirroredReluMap`).
+Its features are never computed as such (see `mirrored_maps`).
 """
 
 import torch
 
-from protformer.attention.feature_maps import ExponentialMap, FeatureMap, MirroredReluMap, PointwiseMap
+from protformer.attention.feature_maps import ExponentialMap, FeatureMap, PointwiseMap
 from protformer.attention.linear_kind import LinearAttention
+from protformer.attention.mirrored_maps import MirroredReluMap
 from protformer.attention.random_features import RandomFeatures
 from protformer.config import GeneralizedConfig
 

@@ -44,7 +44,15 @@ from protformer.attention.block_work import (
     first_places,
     of_heads,
 )
-from protformer.attention.feature_maps import SMALLEST_TRUSTED_SHARE, FeatureMap, Parts, Reference
+from protformer.attention.cancellation import all_are_trusted, with_unsigned_column
+from protformer.attention.feature_maps import FeatureMap, Parts, Reference
+from protformer.attention.feature_parts import (
+    TransposedParts,
+    add_products,
+    contiguous_transpose,
+    multiply,
+    multiply_and_add,
+)
 from protformer.attention.head_shares import head_shares, largest_share
 from protformer.attention.interface import Heads, Segments
 from protformer.attention.pieces import Piece, block_ranges, block_residues, lay_out
@@ -218,15 +226,15 @@ class PieceWork(BlockWork):
         for block in self.ranges:
             features = self.feature_map.activate(self.key_products(matrix, *block, self.parts))
             values = self.load_values(*block)
-            _add_products(transposed, values, features)
+            add_products(transposed, values, features)
             self._add_to(totals, values)
-        return _contiguous_transpose(self._with_offset(transposed, totals))
+        return contiguous_transpose(self._with_offset(transposed, totals))
 
     def _new_parts(self, num_places: int) -> Parts:
         sizes = self.feature_map.part_sizes
         return tuple(self.values.new_empty((self.num_rows, num_places, size)) for size in sizes)
 
-    def _no_transposed_states(self) -> tuple[Float[Tensor, "row channel _"], ...]:
+    def _no_transposed_states(self) -> TransposedParts:
         shape, sizes = (self.num_rows, self.values.shape[2]), self.feature_map.part_sizes
         return tuple(self.values.new_zeros((*shape, size)) for size in sizes)
 
@@ -243,11 +251,7 @@ class PieceWork(BlockWork):
     def _weights(self) -> Float[Tensor, "segment head place 1"]:
         """exp(-c |k|^2), relative to the shortest key of a segment's head."""
         if self.key_weights is None:
-            keys, mask = (
-                self.piece.take(self.k, 0, self.piece.num_residues),
-                self.piece.mask(0, self.piece.num_residues),
-            )
-            norms = torch.linalg.vector_norm(keys, dim=-1, keepdim=True, dtype=self.values.dtype)
+            norms, mask = self.piece.norms(self.k, self.values.dtype), self.piece.mask(0, self.piece.num_residues)
             logarithms = norms.square_().mul_(-self.feature_map.norm_factor)
             weights = logarithms.sub_(logarithms.amax(dim=2, keepdim=True)).exp_()
             self.key_weights = weights if mask is None else weights * mask
@@ -266,30 +270,22 @@ class PieceWork(BlockWork):
         """Fill in the output and its denominators; whether all of these can be trusted."""
         matrix = self.matrix(summary.reference)
         assert summary.state is not None
-        state, value_dim = self._with_unsigned_column(summary.state), self.v.shape[3]
+        num_signed, state, value_dim = self.feature_map.num_signed, summary.state, self.v.shape[3]
+        if num_signed:
+            state = with_unsigned_column(state, num_signed)
         of_offset, states = self._of_offset(state), state.split(self.feature_map.part_sizes, dim=1)
         buffer = self.values.new_empty((*self.values.shape[:2], state.shape[2]))
         totals = self.values.new_empty((self.num_rows, self.piece.num_residues, state.shape[2] - value_dim))
         for start, stop in self.ranges:
             products = self.query_products(matrix, start, stop, self.parts, centre=summary.is_centred)
-            sums = _multiply(self.feature_map.activate(products), states, first_places(buffer, stop - start))
+            sums = multiply(self.feature_map.activate(products), states, first_places(buffer, stop - start))
             if of_offset is not None:
                 sums += of_offset
             totals[:, start:stop] = sums[..., value_dim:]
             compute = partial(_divide, sums[..., :value_dim], sums[..., value_dim : value_dim + 1])
             self.put(output, start, stop, self.sums[..., :-1], compute)
         self.piece.put(denominators, 0, self.piece.num_residues, self.by_segment(totals[..., :1]))
-        return not self.feature_map.num_signed or bool(
-            (totals[..., 0] >= SMALLEST_TRUSTED_SHARE * totals[..., 1]).all()
-        )
-
-    def _with_unsigned_column(self, state: State) -> Float[Tensor, "row feature channel_and_more"]:
-        """With a further column, if there are signed features: that of the denominators without their part in these."""
-        if not self.feature_map.num_signed:
-            return state
-        column = state[..., -1:].clone()
-        column[:, -self.feature_map.num_signed :] = 0
-        return torch.cat((state, column), dim=-1)
+        return not num_signed or all_are_trusted(totals)
 
     def _no_totals(self) -> Float[Tensor, "row 1 channel"]:
         return self.values.new_zeros((self.num_rows, 1, self.values.shape[2]))
@@ -300,7 +296,7 @@ class PieceWork(BlockWork):
             totals += addends.sum(dim=1, keepdim=True)
 
     def _with_offset(
-        self, transposed: tuple[Float[Tensor, "row channel _"], ...], totals: Float[Tensor, "row 1 channel"]
+        self, transposed: TransposedParts, totals: Float[Tensor, "row 1 channel"]
     ) -> Float[Tensor, "row channel feature"]:
         """Sums over residues of features and addends, completed by those of the offset and the same addends."""
         if self.offset:
@@ -324,7 +320,7 @@ class PieceWork(BlockWork):
             sums_gradient = self.sums_gradient(output, start, stop)
             products_gradient = self._gradient_of_features(sums_gradient, transposed)
             self.feature_map.activate_with_gradient(products, products_gradient)
-            _add_products(transposed_gradient, sums_gradient, products)
+            add_products(transposed_gradient, sums_gradient, products)
             self._add_to(totals, sums_gradient)
             self.put_query_gradients(gradient, products_gradient, start, stop)
         return self._with_offset(transposed_gradient, totals)
@@ -336,7 +332,7 @@ class PieceWork(BlockWork):
         matrix = self.matrix(None if reference is None else -reference)
         needs_last_column = bool(self.feature_map.norm_factor)
         num_columns = transposed_gradient.shape[1] - (not needs_last_column)
-        state_gradient = _contiguous_transpose(transposed_gradient[:, :num_columns])
+        state_gradient = contiguous_transpose(transposed_gradient[:, :num_columns])
         transposed = self._transposed_parts(
             state_gradient if needs_last_column else transposed_gradient.transpose(1, 2)
         )
@@ -347,7 +343,7 @@ class PieceWork(BlockWork):
             self.feature_map.activate_with_gradient(products, products_gradient)
             values_gradient = None
             if needs_last_column:
-                values_gradient = _multiply(products, states, first_places(self.sums, stop - start))
+                values_gradient = multiply(products, states, first_places(self.sums, stop - start))
                 of_values = self.by_segment(values_gradient[..., :-1])
                 if self.key_weights is not None:
                     of_values = of_values * self.key_weights[:, :, start:stop]
@@ -358,14 +354,14 @@ class PieceWork(BlockWork):
                     start,
                     stop,
                     self.sums[..., :-1],
-                    partial(_multiply_and_add, products, states, of_offset),
+                    partial(multiply_and_add, products, states, of_offset),
                 )
             self.put_key_gradients(gradients[0], products_gradient, values_gradient, start, stop)
 
-    def _transposed_parts(self, state: State) -> tuple[Float[Tensor, "row channel _"], ...]:
-        return tuple(map(_contiguous_transpose, state.split(self.feature_map.part_sizes, dim=1)))
+    def _transposed_parts(self, state: State) -> TransposedParts:
+        return tuple(map(contiguous_transpose, state.split(self.feature_map.part_sizes, dim=1)))
 
-    def _gradient_of_features(self, left: BlockSums, transposed: tuple[Float[Tensor, "row channel _"], ...]) -> Parts:
+    def _gradient_of_features(self, left: BlockSums, transposed: TransposedParts) -> Parts:
         """G S^T or [V, 1] dS^T."""
         if not self.gradient_parts:
             self.gradient_parts = tuple(map(torch.empty_like, self.parts))
@@ -378,34 +374,6 @@ class PieceWork(BlockWork):
 
 def _divide(numerator: Tensor, denominator: Tensor, out: Tensor) -> None:
     torch.div(numerator, denominator, out=out)
-
-
-def _add_products(transposed: tuple[Float[Tensor, "row channel _"], ...], addends: BlockSums, features: Parts) -> None:
-    """Add the sums over residues of features times addends."""
-    addends = addends.transpose(1, 2)
-    for state, part in zip(transposed, features, strict=True):
-        state.baddbmm_(addends, part)
-
-
-def _multiply(features: Parts, states: tuple[Float[Tensor, "row _ channel"], ...], out: BlockSums) -> BlockSums:
-    """The sum over features of features times states."""
-    torch.bmm(features[0], states[0], out=out)
-    for part, state in zip(features[1:], states[1:], strict=True):
-        out.baddbmm_(part, state)
-    return out
-
-
-def _multiply_and_add(
-    features: Parts, states: tuple[Float[Tensor, "row _ channel"], ...], addend: Tensor | None, out: BlockSums
-) -> None:
-    _multiply(features, states, out)
-    if addend is not None:
-        out += addend
-
-
-def _contiguous_transpose(state: Tensor) -> Tensor:
-    """Sums over residues are faster into (channel, feature), products with the sums from (feature, channel)."""
-    return state.transpose(1, 2).contiguous()
 
 
 def _is_in_range(sums: Tensor) -> bool:

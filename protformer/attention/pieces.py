@@ -7,6 +7,7 @@ those that are shorter than the longest of them are filled up with copies of the
 slices of the batch, without a copy. Nothing but residues is ever visited: padding costs nothing.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,11 +26,32 @@ NUM_FEATURES_AT_ONCE = {"cpu": 2**19}
 """Numbers in a block of features, by type of device; on the CPU, for each thread. Larger ones leave the caches, smaller
 ones have more steps, each of a fixed cost."""
 LONGEST_GATHERED_ELSEWHERE = 2**16
+PLACES_IN_STEP = 2048
 NUM_FEATURES_AT_ONCE_ELSEWHERE = 2**25
 
 
+class Part(ABC):
+    """What both sorts of pieces have."""
+
+    num_residues: int
+
+    @abstractmethod
+    def take(
+        self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int
+    ) -> Float[Tensor, "segment head place channel"]:
+        """Places `start` to `stop` of each segment."""
+
+    def norms(
+        self, x: Float[Tensor, "batch head residue channel"], dtype: torch.dtype
+    ) -> Float[Tensor, "segment head place 1"]:
+        """|x|, in steps, so that there is no copy of x in another dtype."""
+        steps = [self.take(x, *step) for step in block_ranges(self.num_residues, PLACES_IN_STEP)]
+        norms = [torch.linalg.vector_norm(step, dim=-1, keepdim=True, dtype=dtype) for step in steps]
+        return torch.cat(norms, dim=2)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Slice:
+class Slice(Part):
     """Segments that begin and end at the same positions of neighbouring rows."""
 
     rows: slice
@@ -37,8 +59,9 @@ class Slice:
     num_segments: int
     num_residues: int
 
-    def take(self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int) -> Tensor:
-        """Residues `start` to `stop` of each segment: (segment, head, residue, channel)."""
+    def take(
+        self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int
+    ) -> Float[Tensor, "segment head place channel"]:
         return x[self.rows, :, self.start + start : self.start + stop]
 
     def put(self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int, part: Tensor) -> None:
@@ -63,7 +86,7 @@ class Slice:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gather:
+class Gather(Part):
     """Segments of different lengths from anywhere; the shorter ones end in copies of their last residue."""
 
     rows: Int[Tensor, "segment 1"]
@@ -74,8 +97,9 @@ class Gather:
     """Of the longest."""
     total_residues: int
 
-    def take(self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int) -> Tensor:
-        """Places `start` to `stop` of each segment: (segment, head, residue, channel)."""
+    def take(
+        self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int
+    ) -> Float[Tensor, "segment head place channel"]:
         return x.transpose(1, 2)[self.rows, self.positions[:, start:stop]].transpose(1, 2)
 
     def put(self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int, part: Tensor) -> None:
@@ -127,6 +151,13 @@ def features_at_once(device: torch.device) -> int:
 def block_ranges(num_residues: int, size: int) -> list[tuple[int, int]]:
     """Start and stop of each block."""
     return [(start, min(start + size, num_residues)) for start in range(0, num_residues, size)]
+
+
+def tiled_ranges(num_residues: int, size: int, tile: int) -> list[tuple[int, int]]:
+    """Blocks of `size`, a multiple of `tile`, then what is left in single tiles, the last of which may be shorter."""
+    whole = num_residues - num_residues % size
+    rest = block_ranges(num_residues - whole, tile)
+    return [*block_ranges(whole, size), *((whole + start, whole + stop) for start, stop in rest)]
 
 
 def _find_segments(segments: Segments) -> list[tuple[int, int, int]]:
