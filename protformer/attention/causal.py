@@ -19,6 +19,7 @@ one of them depends on what it sees alone.
 """
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -332,11 +333,11 @@ class _CausalWork(BlockWork):
         states, sums = (x if len(x) == len(left) else x[: len(left)] for x in (self.states, self.sums_of_tiles))
         torch.bmm(left.transpose(1, 2), right, out=sums)
         tiles = list(zip(*(x.view(self.num_rows, -1, *x.shape[1:]).unbind(dim=1) for x in (states, sums)), strict=True))
-        before = state
-        for place, addend in reversed(tiles) if backwards else tiles:
-            place.copy_(before)
-            before = before.add_(addend)
-        return states, before
+        tiles = tiles[::-1] if backwards else tiles
+        tiles[0][0].copy_(state)
+        for (before, addend), (after, _) in pairwise(tiles):
+            torch.add(before, addend, out=after)
+        return states, torch.add(*tiles[-1], out=state)
 
     def _pairs(self, query_features: Block, key_features: Block) -> Tensor:
         """A of the module's docstring, of each tile."""
