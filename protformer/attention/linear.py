@@ -18,6 +18,9 @@ What all features have in common, an offset epsilon (see `generalized`), is not 
 phi = phi' + epsilon, the state is phi'(K)^T [V, 1] + epsilon 1^T [V, 1], and so on for every sum here. Equal numbers
 added one after another are rounded the same way each time; this leaves a fifth to a ninth of the rounding error.
 
+Maps for projections with both signs of each row (`mirrored_maps`) are tried first; where their sums cancelled or left
+the range in which they have all their digits, everything is computed again with the plain map of the same kernel.
+
 References of exponential features (see `favor`) are constants here, and are guessed before they are known: from
 some of the keys. That is right if no sum left the range in which float32 has all its digits, and
 where it did, the sums are computed again with references that are certain (`_certain_reference`), or the outputs with
@@ -64,6 +67,9 @@ LARGEST_GUESSED_SUM = 1e17
 SMALLEST_GUESSED_SUM = 1e-8
 """A sum over keys of one guessed feature, or a denominator, outside of these is computed again. A query feature
 below float32's range (1e-38) times the largest sum is 1e-21, far below the rounding of the smallest denominator."""
+SMALLEST_WEIGHT = 1e-12
+"""Of a key beside the largest of its segment, where keys are weighed apart from their features: a weight times a value
+must not leave float32's range where a feature makes up for it."""
 
 
 def attend_to_all(q: Heads, k: Heads, v: Values, segments: Segments, feature_map: FeatureMap) -> Values:
@@ -72,11 +78,6 @@ def attend_to_all(q: Heads, k: Heads, v: Values, segments: Segments, feature_map
     pieces = lay_out(segments, num_features=largest_share(shares) * feature_map.num_features)
     output: Tensor = _AttendToAll.apply(q, k, v, shares, pieces, feature_map)  # type: ignore[no-untyped-call]
     return output
-
-
-SMALLEST_WEIGHT = 1e-12
-"""Of a key beside the largest of its segment, where keys are weighed apart from their features: a weight times a value
-must not leave float32's range where a feature makes up for it."""
 
 
 class _AttendToAll(torch.autograd.Function):
