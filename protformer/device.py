@@ -10,7 +10,7 @@ import platform
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -74,17 +74,17 @@ def num_threads(device: torch.device) -> int:
 def in_threads(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
     """Run tasks at once, the first one here and each other in a thread, with their shares of torch's threads.
 
-    The first error is raised at the end.
-
-    Without autograd; autocast is off, as it is in every new thread.
+    Without autograd; autocast is off in new threads, so callers switch it off here. The first error, by the order of
+    tasks, is raised when all have ended.
     """
     if len(tasks) == 1:
         return [tasks[0]()]
     of_all = torch.get_num_threads()
     run = partial(_run_task, num_threads=max(1, of_all // len(tasks)), inference=torch.is_inference_mode_enabled())
     pool = _thread_pool(os.getpid(), len(tasks) - 1)
-    running = [pool.submit(run, task) for task in tasks[1:]]
+    running: list[Future[Result]] = []
     try:
+        running += (pool.submit(run, task) for task in tasks[1:])
         first = run(tasks[0])
     finally:
         wait(running)

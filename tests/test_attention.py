@@ -31,7 +31,7 @@ CONFIGS: dict[str, AttentionConfig] = {
     "generalized-exp": GeneralizedConfig(num_features=24, function="exp", projection="iid"),
     "generalized-sigmoid": GeneralizedConfig(num_features=24, function="sigmoid", projection="mirrored"),
     "generalized-elu": GeneralizedConfig(num_features=24, function="elu_plus_one", projection="none"),
-    "generalized-abs": GeneralizedConfig(num_features=24, function="abs", projection="orthogonal"),
+    "generalized-abs": GeneralizedConfig(num_features=24, function="abs"),
     "generalized-gelu": GeneralizedConfig(num_features=24, function="gelu"),
     "clustered": ClusteredConfig(clusters_per_query=3, cluster_size=4),
     "exact": ExactConfig(),
@@ -95,7 +95,7 @@ def oracle_weights(name: str, attention: Attention, q: Tensor, k: Tensor, segmen
             projection=projection,
             epsilon=config.epsilon,
             function=config.function,
-            mirrored=config.projection == "mirrored",
+            mirrored=config.is_mirrored,
         )
     if isinstance(config, ClusteredConfig):
         return reference.clustered_weights(

@@ -147,6 +147,19 @@ def test_that_later_queries_are_computed_another_way_is_not_seen_before_them() -
     assert largest_error(after, expected) < 1e-6
 
 
+def test_a_projection_that_is_not_orthogonal_to_the_last_digit_has_plain_features(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def kind_of_map(attention: Attention) -> type:
+        return type(attention.feature_map(HEAD_DIM, torch.float32))
+
+    assert kind_of_map(build(False)) is MirroredReluMap
+    assert kind_of_map(build(False).bfloat16()) is PointwiseMap
+    assert kind_of_map(build(False).double()) is PointwiseMap
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert kind_of_map(build(False)) is PointwiseMap
+
+
 def hyperbolic_maps() -> tuple[MirroredExponentialMap, ExponentialMap]:
     attention = build_attention(
         FavorConfig(num_features=24), head_dim=HEAD_DIM, num_heads=NUM_HEADS, causal=False, seed=0, layer=0

@@ -1,8 +1,8 @@
 """Whether products with features of either sign have cancelled in a sum over keys, so that few of its digits are right.
 
 In: denominators of maps with signed features (see `mirrored_maps`), and what is known of their terms. Out: which of
-them can be trusted. Less than SMALLEST_TRUSTED_SHARE is left only where a query is opposed to nearly all of its keys,
-with cosines of -0.9 in the mean.
+them can be trusted. Less than SMALLEST_TRUSTED_SHARE is left only where a query is opposed to nearly all keys that it
+sees, with cosines of -0.9 in the mean; in causal attention the first queries of a segment see few.
 """
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from protformer.attention.block_work import Denominators, State
 from protformer.attention.interface import Heads
-from protformer.attention.pieces import Piece
+from protformer.attention.pieces import Piece, norms
 
 SMALLEST_TRUSTED_SHARE = 1 / 64
-"""Of a denominator in what it would be without its signed part, or were all keys alike to the query."""
+"""Of a denominator in its unsigned part, or in a bound of that: |q| times the sum of |k|."""
 
 
 def with_unsigned_column(state: State, num_signed: int) -> Float[Tensor, "row feature channel_and_one"]:
@@ -34,7 +34,7 @@ def trusted_of_past(
 ) -> Bool[Tensor, "segment head place 1"]:
     """For causal attention, query by query: from nothing but what the query itself sees."""
     stop, dtype = piece.num_residues, denominators.dtype
-    of_q, of_k = (piece.norms(x, dtype) for x in (q, k))
+    of_q, of_k = (norms(piece, x, dtype) for x in (q, k))
     mask = piece.mask(0, stop)
     sums = (of_k if mask is None else of_k * mask).cumsum(dim=2)
     trusted: Tensor = piece.take(denominators, 0, stop) >= SMALLEST_TRUSTED_SHARE * of_q * sums

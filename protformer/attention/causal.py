@@ -67,8 +67,8 @@ def attend_to_past(
 
     With a `past`, the segment that begins at (row, position) goes on from its entry `past_of` there.
     """
-    if feature_map.weighs_keys:
-        feature_map = feature_map.plain  # each query has a reference of its own here
+    if feature_map.weighs_keys or past is not None:
+        feature_map = feature_map.plain  # each query has a reference of its own here, and a past is of plain features
     shares = head_shares(q, num_features=feature_map.num_features)
     pieces = lay_out(segments, num_features=largest_share(shares) * feature_map.num_features)
     entries = None if past_of is None else [[past_of[begin] for begin in piece.begins()] for piece in pieces]
@@ -95,13 +95,15 @@ class _AttendToPast(torch.autograd.Function):
         denominators = q.new_ones((*q.shape[:3], 1), dtype=compute_dtype(q, k, v))
 
         def attend(heads: slice) -> list[tuple[list[Tensor | None], FeatureMap]]:
-            found = []
+            found, x, results = [], of_heads(heads, q, k, v), (output[:, heads], denominators[:, heads])
             for number, piece in enumerate(pieces):
-                work = _CausalWork(*of_heads(heads, q, k, v), piece=piece, feature_map=feature_map)
+                work = _CausalWork(*x, piece=piece, feature_map=feature_map)
                 if entries is not None and state is not None:
                     known = None if reference is None else reference[entries[number], heads].flatten(0, 1)
                     work.go_on_from(state[entries[number], heads].flatten(0, 1), known)
-                found.append(_forward(work, output[:, heads], denominators[:, heads]))
+                references = work.forward(*results)
+                del work  # and its buffers
+                found.append(_replace_untrusted(x, piece, feature_map, references, results))
             return found
 
         with torch.autocast(q.device.type, enabled=False):
@@ -132,25 +134,25 @@ class _AttendToPast(torch.autograd.Function):
         return *gradients, state_gradient, None, None, None, None, None
 
 
-def _forward(
-    work: "_CausalWork", output: Values, denominators: Denominators
+def _replace_untrusted(
+    x: tuple[Heads, Heads, Values],
+    piece: Piece,
+    feature_map: FeatureMap,
+    references: list[Reference | None],
+    results: tuple[Values, Denominators],
 ) -> tuple[list[Reference | None], FeatureMap]:
-    """Fill in the output; gives the references, and the map that the backward pass is to use.
+    """Where a query's sums cancelled, let its output be that of the plain map; gives what the backward pass is to use.
 
-    Where a query's sums cancelled, its output is that of the plain map. All others keep what they have: that anything
-    is computed again may be due to queries after them.
+    All others keep what they have: that anything is computed again may be due to queries after them.
     """
-    references = work.forward(output, denominators)
-    if not work.feature_map.num_signed:
-        return references, work.feature_map
-    piece, plain = work.piece, work.feature_map.plain
-    is_trusted = trusted_of_past(work.q, work.k, denominators, piece)
-    if bool(is_trusted.all()):
-        return references, work.feature_map
+    output, denominators = results
+    is_trusted = trusted_of_past(*x[:2], denominators, piece) if feature_map.num_signed else None
+    if is_trusted is None or bool(is_trusted.all()):
+        return references, feature_map
     first = piece.take(output, 0, piece.num_residues).clone()
-    references = _CausalWork(work.q, work.k, work.v, piece=piece, feature_map=plain).forward(output, denominators)
+    references = _CausalWork(*x, piece=piece, feature_map=feature_map.plain).forward(*results)
     piece.put(output, 0, piece.num_residues, first.where(is_trusted, piece.take(output, 0, piece.num_residues)))
-    return references, plain
+    return references, feature_map.plain
 
 
 class _CausalWork(BlockWork):
@@ -161,9 +163,8 @@ class _CausalWork(BlockWork):
     """
 
     def __init__(self, q: Heads, k: Heads, v: Values, *, piece: Piece, feature_map: FeatureMap) -> None:
-        times = TIMES_AS_LARGE.get(q.device.type, 1)
-        num_features = q.shape[1] * feature_map.num_features
-        size = min(piece.num_residues, times * block_residues(piece, num_features=num_features, device=q.device))
+        size = block_residues(piece, num_features=q.shape[1] * feature_map.num_features, device=q.device)
+        size = min(piece.num_residues, TIMES_AS_LARGE.get(q.device.type, 1) * size)
         self.tile = min(TILE_RESIDUES, piece.num_residues)
         size = max(self.tile, size - size % self.tile)
         super().__init__(q, k, v, piece=piece, feature_map=feature_map, size=size)

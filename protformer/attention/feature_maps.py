@@ -53,8 +53,7 @@ class FeatureMap(ABC):
 
     @property
     def plain(self) -> "FeatureMap":
-        """A map of the same kernel, up to a factor, with features that hold at any size of x, in one part, and not
-        negative."""
+        """A map of the same kernel, up to a factor, with features in one part, and not negative."""
         return self
 
     @property
@@ -64,8 +63,7 @@ class FeatureMap(ABC):
         return 0
 
     def without_offset(self) -> tuple["FeatureMap", float]:
-        """A map with features that are all smaller by one number, but for signed ones, and that number, for who adds it
-        to sums of them."""
+        """A map whose features in the first part are smaller by a number, and that number, for who adds it to sums."""
         return self, 0.0
 
     @abstractmethod
@@ -123,24 +121,45 @@ class FeatureMap(ABC):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExponentialMap(FeatureMap):
-    """Positive features, kept as logarithms for as long as possible."""
+class Exponentials(FeatureMap):
+    """What maps of exponentials share: products with `weight`, and features that are their own derivatives."""
 
-    weight: Float[Tensor, "feature head_dim"]
+    weight: Float[Tensor, "product head_dim"]
     """The projection, with all scales of x included."""
-    bias: Float[Tensor, " feature"] | None
     factor: float
     """Of |x|^2: head_dim ** -0.5 / 2 for the softmax kernel, as x is scaled by head_dim ** -0.25."""
     has_references = True
+
+    @property
+    def norm_factor(self) -> float:
+        return self.factor
+
+    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Parts, *, is_key: bool) -> Parts:
+        assert matrix is not None
+        torch.bmm(self.load(x, inputs, is_key=is_key), matrix, out=out[0])
+        return out
+
+    def activate_with_gradient(self, parts: Parts, gradient: Parts) -> None:
+        self.turn_gradient(self.activate(parts), gradient)
+
+    @property
+    def features_tell_gradient(self) -> bool:
+        return True
+
+    def pull_back(self, gradient: Parts, out: InputsGradient) -> InputsGradient:
+        return torch.bmm(gradient[0], self.weight.expand(len(out), -1, -1), out=out)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExponentialMap(Exponentials):
+    """Positive features, kept as logarithms for as long as possible."""
+
+    bias: Float[Tensor, " feature"] | None
     num_further_columns = 2
 
     @property
     def num_features(self) -> int:  # type: ignore[override]
         return self.weight.shape[0]
-
-    @property
-    def norm_factor(self) -> float:
-        return self.factor
 
     def fill_further_columns(self, inputs: Inputs) -> None:
         inputs[..., -2] = 0
@@ -170,27 +189,12 @@ class ExponentialMap(FeatureMap):
             matrix[:, -1] += self.bias
         return matrix
 
-    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Parts, *, is_key: bool) -> Parts:
-        assert matrix is not None
-        torch.bmm(self.load(x, inputs, is_key=is_key), matrix, out=out[0])
-        return out
-
     def activate(self, parts: Parts) -> Parts:
         parts[0].exp_()
         return parts
 
-    def activate_with_gradient(self, parts: Parts, gradient: Parts) -> None:
-        self.turn_gradient(self.activate(parts), gradient)
-
-    @property
-    def features_tell_gradient(self) -> bool:
-        return True
-
     def turn_gradient(self, features: Parts, gradient: Parts) -> None:
         gradient[0].mul_(features[0])
-
-    def pull_back(self, gradient: Parts, out: InputsGradient) -> InputsGradient:
-        return torch.bmm(gradient[0], self.weight.expand(len(out), -1, -1), out=out)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,9 +7,9 @@ features), f sees the head vector as it is. Time and memory are linear in the re
 float32: in float16 the denominator overflows at a few thousand residues. f = exp needs no epsilon, and is
 computed like the features of `favor`, so that it does not overflow.
 
-A `mirrored` projection has half as many rows, each with both signs, in orthogonal blocks and of one length: of the
-number of features that it takes to estimate the kernel that infinitely many rows would give, ReLU then needs a fifth.
-Its features are never computed as such (see `mirrored_maps`).
+A `mirrored` projection has half as many rows, each with both signs, in orthogonal blocks and of one length: ReLU's
+error against the kernel that infinitely many rows would give is a fifth, in mean square. In float32 its features are
+not computed as such (see `mirrored_maps`).
 """
 
 import torch
@@ -30,7 +30,7 @@ class GeneralizedAttention(LinearAttention):
         super().__init__(causal=causal)
         self.function = config.function
         self.epsilon = config.epsilon
-        self.is_mirrored = config.projection == "mirrored"
+        self.is_mirrored = config.is_mirrored
         self.random_features: RandomFeatures | None = None
         if config.projection != "none":
             self.random_features = RandomFeatures(
@@ -51,18 +51,20 @@ class GeneralizedAttention(LinearAttention):
                 weight = torch.cat((weight, -weight))
         if self.function != "exp":
             plain = PointwiseMap(weight=weight, head_dim=head_dim, function=self.function, epsilon=self.epsilon)
-            return self._mirrored_relu_map(plain) if self._has_mirrored_relu_map(plain) else plain
+            return self._mirrored_relu_map(plain) if self._has_mirrored_relu_map(head_dim, dtype) else plain
         if weight is None:
             device = next((buffer.device for buffer in self.buffers()), None)
             weight = torch.eye(head_dim, dtype=dtype, device=device)
         return ExponentialMap(weight=weight, bias=None, factor=0.0)
 
-    def _has_mirrored_relu_map(self, plain: PointwiseMap) -> bool:
-        """Whether W^T W = c I, up to the rounding of float32."""
-        if plain.weight is None or not self.is_mirrored or self.function != "relu":
+    def _has_mirrored_relu_map(self, head_dim: int, dtype: torch.dtype) -> bool:
+        """Whether W^T W = c I up to the rounding of float32, and products have no more: a model that was cast has not,
+        nor has TF32, and for float64 that would be coarse."""
+        if self.random_features is None or not self.is_mirrored or self.function != "relu":
             return False
-        half, is_single = len(plain.weight) // 2, plain.weight.dtype == torch.float32
-        return is_single and half % plain.head_dim == 0
+        is_single = dtype == self.random_features.projection.dtype == torch.float32
+        has_whole_blocks = self.random_features.num_features % head_dim == 0
+        return is_single and has_whole_blocks and torch.get_float32_matmul_precision() == "highest"
 
     def _mirrored_relu_map(self, plain: PointwiseMap) -> MirroredReluMap:
         assert plain.weight is not None

@@ -58,7 +58,7 @@ from protformer.attention.feature_parts import (
 )
 from protformer.attention.head_shares import head_shares, largest_share
 from protformer.attention.interface import Heads, Segments
-from protformer.attention.pieces import Piece, block_ranges, block_residues, lay_out
+from protformer.attention.pieces import Piece, block_ranges, block_residues, lay_out, norms
 from protformer.device import in_threads
 
 NUM_SAMPLED_KEYS = 64
@@ -156,7 +156,6 @@ class PieceWork(BlockWork):
     def __init__(self, q: Heads, k: Heads, v: Values, *, piece: Piece, feature_map: FeatureMap) -> None:
         size = block_residues(piece, num_features=q.shape[1] * feature_map.num_features, device=q.device)
         feature_map, self.offset = feature_map.without_offset()
-        self.with_offset = slice(0, feature_map.num_features - feature_map.num_signed)
         super().__init__(q, k, v, piece=piece, feature_map=feature_map, size=size)
         self.ranges = block_ranges(piece.num_residues, size)
         self.parts = self._new_parts(size)
@@ -170,12 +169,15 @@ class PieceWork(BlockWork):
         """The state of the keys, relative to references with which it has all its digits."""
         if not self.feature_map.has_references:
             return Summary(None, self._sum_keys(None), is_centred=False)
+        untrusted = Summary(None, None, is_centred=False, is_trusted=False)
+        if self.feature_map.weighs_keys and not self._weights_are_in_range():
+            return untrusted
         reference = self._guess_reference()
         state = self._sum_keys(reference)
-        if _is_in_range(state[:, :, -1]) and self._weights_are_in_range():
+        if _is_in_range(state[:, :, -1]):
             return Summary(reference, state, is_centred=False)
         if self.feature_map.weighs_keys:
-            return Summary(reference, state, is_centred=False, is_trusted=False)
+            return untrusted
         reference = self._certain_reference()
         return Summary(reference, self._sum_keys(reference), is_centred=True)
 
@@ -252,16 +254,14 @@ class PieceWork(BlockWork):
     def _weights(self) -> Float[Tensor, "segment head place 1"]:
         """exp(-c |k|^2), relative to the shortest key of a segment's head."""
         if self.key_weights is None:
-            norms, mask = self.piece.norms(self.k, self.values.dtype), self.piece.mask(0, self.piece.num_residues)
-            logarithms = norms.square_().mul_(-self.feature_map.norm_factor)
+            mask = self.piece.mask(0, self.piece.num_residues)
+            logarithms = norms(self.piece, self.k, self.values.dtype).square_().mul_(-self.feature_map.norm_factor)
             weights = logarithms.sub_(logarithms.amax(dim=2, keepdim=True)).exp_()
             self.key_weights = weights if mask is None else weights * mask
         return self.key_weights
 
     def _weights_are_in_range(self) -> bool:
         """Whether no weight that a large feature may outweigh has lost its digits."""
-        if not self.feature_map.weighs_keys:
-            return True
         weights, mask = self._weights(), self.piece.mask(0, self.piece.num_residues)
         if mask is not None:
             weights = weights.masked_fill(~mask, 1)
@@ -306,7 +306,9 @@ class PieceWork(BlockWork):
 
     def _of_offset(self, state: State) -> Float[Tensor, "row 1 channel"] | None:
         """What the offset contributes to the product of any features with a state."""
-        return self.offset * state[:, self.with_offset].sum(dim=1, keepdim=True) if self.offset else None
+        if not self.offset:
+            return None
+        return self.offset * state[:, : self.feature_map.part_sizes[0]].sum(dim=1, keepdim=True)
 
     def differentiate_queries(
         self, summary: Summary, output: tuple[Values, Denominators, Values], gradient: Heads

@@ -13,6 +13,7 @@ from torch import Tensor
 from protformer.attention.feature_maps import (
     Block,
     ExponentialMap,
+    Exponentials,
     FeatureMap,
     Inputs,
     InputsGradient,
@@ -34,6 +35,8 @@ class MirroredReluMap(FeatureMap):
 
     and the sum of u u' over the rows is c x . x'. With epsilon, |u| + 2 epsilon takes the place of |u|. So as many
     features as W has rows and x has channels do the work of twice as many as W has rows, with half of the products.
+
+    Where a product is exactly 0, as all are for x = 0, the gradient is the limit from below.
     """
 
     weight: Float[Tensor, "half head_dim"]
@@ -98,7 +101,7 @@ class MirroredReluMap(FeatureMap):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MirroredExponentialMap(FeatureMap):
+class MirroredExponentialMap(Exponentials):
     """The features of an ExponentialMap with the rows w_r and -w_r, without bias.
 
     The second half are the reciprocals of the first, as long as both hold in float32, references of the second are
@@ -106,11 +109,7 @@ class MirroredExponentialMap(FeatureMap):
     this does not do, engines turn to `plain`.
     """
 
-    weight: Float[Tensor, "half head_dim"]
-    """W, with all scales of x included."""
-    factor: float
     plain_map: ExponentialMap
-    has_references = True
     num_further_columns = 1
 
     @property
@@ -124,10 +123,6 @@ class MirroredExponentialMap(FeatureMap):
     @property
     def plain(self) -> FeatureMap:
         return self.plain_map
-
-    @property
-    def norm_factor(self) -> float:
-        return self.factor
 
     @property
     def weighs_keys(self) -> bool:
@@ -148,24 +143,9 @@ class MirroredExponentialMap(FeatureMap):
         matrix[:, -1] = 0 if reference is None else reference
         return matrix
 
-    def products(self, x: Residues, inputs: Inputs, matrix: Matrix | None, out: Parts, *, is_key: bool) -> Parts:
-        assert matrix is not None
-        torch.bmm(self.load(x, inputs, is_key=is_key), matrix, out=out[0])
-        return out
-
     def activate(self, parts: Parts) -> Parts:
         torch.reciprocal(parts[0].exp_(), out=parts[1])
         return parts
 
-    def activate_with_gradient(self, parts: Parts, gradient: Parts) -> None:
-        self.turn_gradient(self.activate(parts), gradient)
-
-    @property
-    def features_tell_gradient(self) -> bool:
-        return True
-
     def turn_gradient(self, features: Parts, gradient: Parts) -> None:
         gradient[0].mul_(features[0]).addcmul_(gradient[1], features[1], value=-1)
-
-    def pull_back(self, gradient: Parts, out: InputsGradient) -> InputsGradient:
-        return torch.bmm(gradient[0], self.weight.expand(len(out), -1, -1), out=out)

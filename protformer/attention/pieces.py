@@ -7,7 +7,6 @@ those that are shorter than the longest of them are filled up with copies of the
 slices of the batch, without a copy. Nothing but residues is ever visited: padding costs nothing.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -26,32 +25,11 @@ NUM_FEATURES_AT_ONCE = {"cpu": 2**19}
 """Numbers in a block of features, by type of device; on the CPU, for each thread. Larger ones leave the caches, smaller
 ones have more steps, each of a fixed cost."""
 LONGEST_GATHERED_ELSEWHERE = 2**16
-PLACES_IN_STEP = 2048
 NUM_FEATURES_AT_ONCE_ELSEWHERE = 2**25
 
 
-class Part(ABC):
-    """What both sorts of pieces have."""
-
-    num_residues: int
-
-    @abstractmethod
-    def take(
-        self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int
-    ) -> Float[Tensor, "segment head place channel"]:
-        """Places `start` to `stop` of each segment."""
-
-    def norms(
-        self, x: Float[Tensor, "batch head residue channel"], dtype: torch.dtype
-    ) -> Float[Tensor, "segment head place 1"]:
-        """|x|, in steps, so that there is no copy of x in another dtype."""
-        steps = [self.take(x, *step) for step in block_ranges(self.num_residues, PLACES_IN_STEP)]
-        norms = [torch.linalg.vector_norm(step, dim=-1, keepdim=True, dtype=dtype) for step in steps]
-        return torch.cat(norms, dim=2)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Slice(Part):
+class Slice:
     """Segments that begin and end at the same positions of neighbouring rows."""
 
     rows: slice
@@ -59,9 +37,8 @@ class Slice(Part):
     num_segments: int
     num_residues: int
 
-    def take(
-        self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int
-    ) -> Float[Tensor, "segment head place channel"]:
+    def take(self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int) -> Tensor:
+        """Residues `start` to `stop` of each segment: (segment, head, residue, channel)."""
         return x[self.rows, :, self.start + start : self.start + stop]
 
     def put(self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int, part: Tensor) -> None:
@@ -86,7 +63,7 @@ class Slice(Part):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gather(Part):
+class Gather:
     """Segments of different lengths from anywhere; the shorter ones end in copies of their last residue."""
 
     rows: Int[Tensor, "segment 1"]
@@ -97,9 +74,8 @@ class Gather(Part):
     """Of the longest."""
     total_residues: int
 
-    def take(
-        self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int
-    ) -> Float[Tensor, "segment head place channel"]:
+    def take(self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int) -> Tensor:
+        """Places `start` to `stop` of each segment: (segment, head, residue, channel)."""
         return x.transpose(1, 2)[self.rows, self.positions[:, start:stop]].transpose(1, 2)
 
     def put(self, x: Float[Tensor, "batch head residue channel"], start: int, stop: int, part: Tensor) -> None:
@@ -125,6 +101,17 @@ class Gather(Part):
 
 
 Piece: TypeAlias = Slice | Gather
+
+RESIDUES_OF_NORMS = 2048
+"""At once, where the norms of many are taken: of other dtypes, copies are made."""
+
+
+def norms(
+    piece: Piece, x: Float[Tensor, "batch head residue channel"], dtype: torch.dtype
+) -> Float[Tensor, "segment head place 1"]:
+    """|x|, in this dtype."""
+    steps = [piece.take(x, *step) for step in block_ranges(piece.num_residues, RESIDUES_OF_NORMS)]
+    return torch.cat([torch.linalg.vector_norm(step, dim=-1, keepdim=True, dtype=dtype) for step in steps], dim=2)
 
 
 def lay_out(segments: Segments, *, num_features: int) -> list[Piece]:
