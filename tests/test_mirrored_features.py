@@ -232,10 +232,39 @@ def test_what_leaves_float32_is_computed_with_plain_features(
     torch.testing.assert_close(output.double(), expected, atol=1e-3, rtol=1e-3)
 
 
+def test_keys_that_share_a_direction_are_still_had_by_reciprocals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """References in the middle of a feature's products, which are far from zero here."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 500, 64, generator=generator) for _ in range(3))
+    shared, segments = 4 * torch.randn(64, generator=generator), torch.ones(1, 500, dtype=torch.int64)
+    attention = build_attention(FavorConfig(), head_dim=64, num_heads=2, causal=False, seed=0, layer=0)
+    products = torch.tensor([[[-3.0, 5.0], [1.0, 6.0], [0.0, 8.0]]])
+    assert attention.feature_map(64, torch.float32).guess_reference(products).tolist() == [[-1.0, 6.5]]
+    monkeypatch.setattr(ExponentialMap, "products", None)
+    assert attention(q / 2, k / 4 + shared, v, segments).isfinite().all()
+
+
 def test_weights_are_never_negative() -> None:
+    """Not even of keys that are opposed to a query, where sums over all keys do not cancel."""
     attention, segments = build(False), LAYOUTS["one protein"]
-    q, k, _ = opposed(300)
-    assert (attention.weights(q, k, segments) >= 0).all()
+    q = 1e6 * draw(300)[0]
+    assert (attention.weights(q, -q, segments) >= 0).all()
+    identity = torch.eye(300).expand(1, NUM_HEADS, -1, -1)
+    signed = attend_to_all(q, -q, identity, segments, attention.feature_map(HEAD_DIM, torch.float32))
+    assert (signed < 0).any()  # what plain features are for
+
+
+def test_a_past_is_gone_on_from() -> None:
+    attention, first = build(True), 70
+    q, k, v = draw(100)
+    whole = attention(q, k, v, torch.ones(1, 100, dtype=torch.int64))
+    past = attention.initial_state(q, v)
+    for at_once in zip(*(x[:, :, :first].split(1, 2) for x in (q, k, v)), strict=True):
+        _, past = attention.step(*at_once, past)
+    rest = [x[:, :, first:] for x in (q, k, v)]
+    feature_map, segments = attention.feature_map(HEAD_DIM, torch.float32), torch.ones(1, 30, dtype=torch.int64)
+    output = attend_to_past(*rest, segments, feature_map, past=past, past_of={(0, 0): 0})
+    torch.testing.assert_close(output, whole[:, :, first:], atol=1e-5, rtol=1e-5)
 
 
 def test_mirrored_rows_have_a_fifth_of_the_error_of_as_many_others() -> None:
