@@ -46,8 +46,11 @@ def of_heads(heads: slice, first: Tensor, second: Tensor, third: Tensor) -> tupl
 
 
 def first_places(buffer: Float[Tensor, "row size column"], num_places: int) -> Float[Tensor, "row {num_places} column"]:
-    """The buffer itself if it has no more: in threads, each view costs a wait for Python's lock."""
-    return buffer if buffer.shape[1] == num_places else buffer[:, :num_places]
+    """A buffer for fewer places, without gaps; itself for as many: each view costs threads a wait for Python's lock."""
+    if buffer.shape[1] == num_places:
+        return buffer
+    num_rows, _, num_columns = buffer.shape
+    return buffer.view(-1, num_columns)[: num_rows * num_places].view(num_rows, num_places, num_columns)
 
 
 class BlockWork:
@@ -147,12 +150,12 @@ class BlockWork:
         if self.feature_map.norm_factor:
             assert values_gradient is not None
             # The sum over features of products_gradient, from arrays that are smaller.
-            of_norm = values_gradient.mul_(self.values[:, : stop - start]).sum(dim=-1, keepdim=True)
+            of_norm = values_gradient.mul_(first_places(self.values, stop - start)).sum(dim=-1, keepdim=True)
 
         def compute(out: InputsGradient) -> None:
             self.feature_map.pull_back(products_gradient, out)
             if of_norm is not None:
-                k = self.key_inputs[:, : stop - start, : out.shape[2]]
+                k = first_places(self.key_inputs, stop - start)[..., : out.shape[2]]
                 out.addcmul_(of_norm, k, value=-2 * self.feature_map.norm_factor)
 
         self.put(gradient, start, stop, self._gradient_buffer(), compute)

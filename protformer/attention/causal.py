@@ -3,10 +3,10 @@
 In and out as in `linear`, except that a query attends to itself and the keys before it. A loop over tiles of residues
 carries S, the sum of phi(k_j) [v_j, 1] over all keys before the tile, and takes the pairs inside a tile explicitly
 (Choromanski et al. 2021, section 2.5.1). All else is computed for a block of several tiles at once. Time is linear in
-the residues; memory beyond q, k, v, the output and one number a query is that of some blocks. The backward pass
-computes all features again, and keeps no states: a sweep forward has S for the gradients of queries, a sweep backward
-has the gradient of S for those of keys and values. With P = phi(Q) and F = phi(K) of a tile, G as in `linear`, and the
-lower triangles of P F^T and G [V, 1]^T,
+the residues; memory beyond q, k, v, the output and one number a query is that of some blocks, and of MOST_STATES states
+that wait for the backward pass. That computes all features again, in one sweep backward: it has the gradient of S from
+the tiles behind, and S from the last state that was kept, to which it adds the keys of the blocks between. With
+P = phi(Q) and F = phi(K) of a tile, G as in `linear`, and the lower triangles of P F^T and G [V, 1]^T,
 
     A = tril(P F^T)       B = tril(G [V, 1]^T)
     dP = G S^T + B F      dF = [V, 1] dS^T + B^T P      d[V, 1] = F dS + A^T G      dS += P^T G
@@ -18,6 +18,7 @@ queries that see such a key are computed as in `careful_causal`, at some times t
 one of them depends on what it sees alone.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -51,6 +52,9 @@ TILE_RESIDUES = 64
 """Larger tiles have more pairs a residue, smaller ones more states."""
 TIMES_AS_LARGE = {"cpu": 4}
 """Blocks, by type of device, as those of bidirectional attention: a block has more steps here, each of a fixed cost."""
+MOST_STATES = 16
+"""Kept for the backward pass of each piece, at about equal distances. With fewer it has more keys to add up again; more
+would be more memory, that a longer sequence needs more of."""
 
 
 def attend_to_past(
@@ -77,6 +81,17 @@ def attend_to_past(
     return output
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Kept:
+    """What the backward pass needs of one piece and share of the heads."""
+
+    feature_map: FeatureMap
+    references: list[Reference | None]
+    """Of each block, and at last those after the end; a block was computed carefully if the next has others."""
+    states: dict[int, State]
+    """Those before some blocks, by number."""
+
+
 class _AttendToPast(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -94,16 +109,18 @@ class _AttendToPast(torch.autograd.Function):
         output = empty_like(v, pieces)
         denominators = q.new_ones((*q.shape[:3], 1), dtype=compute_dtype(q, k, v))
 
-        def attend(heads: slice) -> list[tuple[list[Tensor | None], FeatureMap]]:
+        keep_states = any(ctx.needs_input_grad)
+
+        def attend(heads: slice) -> list[_Kept]:
             found, x, results = [], of_heads(heads, q, k, v), (output[:, heads], denominators[:, heads])
             for number, piece in enumerate(pieces):
                 work = _CausalWork(*x, piece=piece, feature_map=feature_map)
                 if entries is not None and state is not None:
                     known = None if reference is None else reference[entries[number], heads].flatten(0, 1)
                     work.go_on_from(state[entries[number], heads].flatten(0, 1), known)
-                references = work.forward(*results)
+                kept = work.forward(*results, keep_states=keep_states)
                 del work  # and its buffers
-                found.append(_replace_untrusted(x, piece, feature_map, references, results))
+                found.append(_replace_untrusted(x, piece, kept, results, keep_states=keep_states))
             return found
 
         with torch.autocast(q.device.type, enabled=False):
@@ -119,13 +136,13 @@ class _AttendToPast(torch.autograd.Function):
         gradients = (empty_like(q, ctx.pieces), empty_like(k, ctx.pieces), empty_like(v, ctx.pieces))
         state_gradient = None if state is None else torch.zeros_like(state)
 
-        def differentiate(heads: slice, by_piece: list[tuple[list[Tensor | None], FeatureMap]]) -> None:
+        def differentiate(heads: slice, by_piece: list[_Kept]) -> None:
             x, results = of_heads(heads, q, k, v), of_heads(heads, output, denominators, gradient)
-            for number, (piece, (references, feature_map)) in enumerate(zip(ctx.pieces, by_piece, strict=True)):
-                work = _CausalWork(*x, piece=piece, feature_map=feature_map)
+            for number, (piece, kept) in enumerate(zip(ctx.pieces, by_piece, strict=True)):
+                work = _CausalWork(*x, piece=piece, feature_map=kept.feature_map)
                 if state is not None:
-                    work.go_on_from(state[ctx.entries[number], heads].flatten(0, 1), references[0])
-                before = work.backward(references, results, of_heads(heads, *gradients))
+                    work.go_on_from(kept.states[0], kept.references[0])
+                before = work.backward(kept, results, of_heads(heads, *gradients))
                 if state_gradient is not None:
                     state_gradient[ctx.entries[number], heads] = before.unflatten(0, (piece.num_segments, -1))
 
@@ -137,29 +154,42 @@ class _AttendToPast(torch.autograd.Function):
 def _replace_untrusted(
     x: tuple[Heads, Heads, Values],
     piece: Piece,
-    feature_map: FeatureMap,
-    references: list[Reference | None],
+    kept: _Kept,
     results: tuple[Values, Denominators],
-) -> tuple[list[Reference | None], FeatureMap]:
+    *,
+    keep_states: bool,
+) -> _Kept:
     """Where a query's sums cancelled, let its output be that of the plain map; gives what the backward pass is to use.
 
     All others keep what they have: that anything is computed again may be due to queries after them.
     """
     output, denominators = results
-    is_trusted = trusted_of_past(*x[:2], denominators, piece) if feature_map.num_signed else None
+    is_trusted = trusted_of_past(*x[:2], denominators, piece) if kept.feature_map.num_signed else None
     if is_trusted is None or bool(is_trusted.all()):
-        return references, feature_map
+        return kept
     first = piece.take(output, 0, piece.num_residues).clone()
-    references = _CausalWork(*x, piece=piece, feature_map=feature_map.plain).forward(*results)
+    work = _CausalWork(*x, piece=piece, feature_map=kept.feature_map.plain)
+    kept = work.forward(*results, keep_states=keep_states)
     piece.put(output, 0, piece.num_residues, first.where(is_trusted, piece.take(output, 0, piece.num_residues)))
-    return references, feature_map.plain
+    return kept
+
+
+def _groups(ranges: list[tuple[int, int]]) -> dict[int, list[int]]:
+    """At most MOST_STATES groups of neighbouring blocks, about as many residues each: numbers by the first of them."""
+    groups: dict[int, list[int]] = {}
+    share = -1
+    for number, (start, _) in enumerate(ranges):
+        if start * MOST_STATES // ranges[-1][1] > share:
+            share, first = start * MOST_STATES // ranges[-1][1], number
+            groups[first] = []
+        groups[first].append(number)
+    return groups
 
 
 class _CausalWork(BlockWork):
     """The sweeps over one piece.
 
-    Pairs are taken within the tiles of a block, and every tile has a state of its own. `references` are those of each
-    block, and at last those after the end; a block is computed carefully if the next does not have the same.
+    Pairs are taken within the tiles of a block, and every tile has a state of its own.
     """
 
     def __init__(self, q: Heads, k: Heads, v: Values, *, piece: Piece, feature_map: FeatureMap) -> None:
@@ -169,6 +199,7 @@ class _CausalWork(BlockWork):
         size = max(self.tile, size - size % self.tile)
         super().__init__(q, k, v, piece=piece, feature_map=feature_map, size=size)
         self.ranges = tiled_ranges(piece.num_residues, size, self.tile)
+        self.groups = _groups(self.ranges)
         shape = (self.num_rows, size, self.num_features)
         self.keys, self.key_features, self.queries, self.gradient = (self.values.new_empty(shape) for _ in range(4))
         self.last_matrices: tuple[Reference | None, Tensor | None, Tensor | None] | None = None
@@ -182,17 +213,19 @@ class _CausalWork(BlockWork):
         """Let the segments have a past before their first residue here."""
         self.past = state, reference
 
-    def forward(self, output: Values, denominators: Denominators) -> list[Reference | None]:
-        """Fill in the output; gives the references."""
-        state, references = self._first_state(), [self._first_reference()]
-        for start, stop in self.ranges:
+    def forward(self, output: Values, denominators: Denominators, *, keep_states: bool) -> _Kept:
+        """Fill in the output."""
+        state, references, kept = self._first_state(), [self._first_reference()], {}
+        for number, (start, stop) in enumerate(self.ranges):
+            if keep_states and number in self.groups:
+                kept[number] = state
             products, exceeds = self._key_products(references[-1], start, stop)
             key_features = self._activate(products)
             query_features = self._activate(self._query_products(references[-1], start, stop))
             values = self.load_values(start, stop)
             reference = references[-1]
             careful = self._careful(state, reference, start, stop) if exceeds else None
-            sums, tiles = self.sums[:, : stop - start], (self._tiles(query_features), self._tiles(values))
+            sums, tiles = first_places(self.sums, stop - start), (self._tiles(query_features), self._tiles(values))
             states, state = self._states(state, key_features, values)
             torch.bmm(tiles[0], states, out=self._tiles(sums)).baddbmm_(
                 self._pairs(query_features, key_features), tiles[1]
@@ -207,81 +240,80 @@ class _CausalWork(BlockWork):
             references.append(reference)
             self.piece.put(output, start, stop, self.by_segment(result))
             self.piece.put(denominators, start, stop, self.by_segment(denominator))
-        return references
+        return _Kept(feature_map=self.feature_map, references=references, states=kept)
 
     def backward(
-        self,
-        references: list[Reference | None],
-        output: tuple[Values, Denominators, Values],
-        gradients: tuple[Heads, Heads, Values],
+        self, kept: _Kept, output: tuple[Values, Denominators, Values], gradients: tuple[Heads, Heads, Values]
     ) -> State:
         """Fill in the gradients of q, k and v; `output` are the outputs, their denominators, and their gradient.
 
         Gives the gradient of the state before the first residue.
         """
-        careful_states = self._sweep_forward(references, output, gradients[0])
-        return self._sweep_backward(references, careful_states, output, gradients)
-
-    def _sweep_forward(
-        self, references: list[Reference | None], output: tuple[Values, Denominators, Values], gradient: Heads
-    ) -> dict[int, State]:
-        """The gradients of queries; gives the states before the blocks that are computed carefully."""
-        state, careful_states = self._first_state(), {}
-        for number, (start, stop) in enumerate(self.ranges):
-            if references[number + 1] is not references[number]:
-                careful_states[number] = state
-                state = self._careful(state, references[number], start, stop).state
-                continue
-            key_features = self._activate(self._products_of_keys(references[number], start, stop))
-            products = self._query_products(references[number], start, stop)
-            values, sums_gradient = self.load_values(start, stop), self.sums_gradient(output, start, stop)
-            states, state = self._states(state, key_features, values)
-            products_gradient = self._gradient_of_features(
-                sums_gradient, states, self._pairs_gradient(sums_gradient, values), key_features
-            )
-            self.feature_map.activate_with_gradient(self._parts(products), self._parts(products_gradient))
-            self.put_query_gradients(gradient, self._parts(products_gradient), start, stop)
-        return careful_states
-
-    def _sweep_backward(
-        self,
-        references: list[Reference | None],
-        careful_states: dict[int, State],
-        output: tuple[Values, Denominators, Values],
-        gradients: tuple[Heads, Heads, Values],
-    ) -> State:
-        """The gradients of keys and values, and all of the careful blocks; that of the first state."""
         state_gradient = self.no_state()
-        for number, (start, stop) in reversed(list(enumerate(self.ranges))):
-            if number in careful_states:
-                state = careful_states[number]
-                state_gradient = self._differentiate_carefully(
-                    (state, state_gradient), references[number], output[2], gradients, start, stop
-                )
-                continue
-            products = self._products_of_keys(references[number], start, stop)
-            tells = self.feature_map.features_tell_gradient
-            key_features = products if tells else self.key_features[:, : stop - start].copy_(products)
-            self._activate(key_features)
-            query_features = self._activate(self._query_products(references[number], start, stop))
-            values, sums_gradient = self.load_values(start, stop), self.sums_gradient(output, start, stop)
-            pairs = self._pairs(query_features, key_features).transpose(1, 2)
-            pairs_gradient = self._pairs_gradient(sums_gradient, values).transpose(1, 2)
-            states, state_gradient = self._states(state_gradient, query_features, sums_gradient, backwards=True)
-            products_gradient = self._gradient_of_features(values, states, pairs_gradient, query_features)
-            values_gradient = torch.bmm(self._tiles(key_features), states)
-            values_gradient = values_gradient.baddbmm_(pairs, self._tiles(sums_gradient)).view_as(values)
-            gradient_parts = self._parts(products_gradient)
-            if tells:
-                self.feature_map.turn_gradient(self._parts(key_features), gradient_parts)
-            else:
-                self.feature_map.activate_with_gradient(self._parts(products), gradient_parts)
-            self.piece.put(gradients[2], start, stop, self.by_segment(values_gradient[..., :-1]))
-            self.put_key_gradients(gradients[1], gradient_parts, values_gradient, start, stop)
+        for first in reversed(self.groups):
+            for number, state in reversed(self._states_before_blocks(first, kept)):
+                reference, (start, stop) = kept.references[number], self.ranges[number]
+                if kept.references[number + 1] is reference:
+                    states = state, state_gradient
+                    state_gradient = self._differentiate(states, reference, output, gradients, start, stop)
+                else:
+                    states = state, state_gradient
+                    state_gradient = self._differentiate_carefully(states, reference, output[2], gradients, start, stop)
         return state_gradient
 
+    def _states_before_blocks(self, first: int, kept: _Kept) -> list[tuple[int, State]]:
+        """The blocks of a group, by number, each with the state before it."""
+        state = kept.states[first]
+        found = [(first, state)]
+        for number in self.groups[first][:-1]:
+            reference, (start, stop) = kept.references[number], self.ranges[number]
+            if kept.references[number + 1] is reference:
+                features = self._activate(self._products_of_keys(reference, start, stop))
+                state = torch.baddbmm(state, features.transpose(1, 2), self.load_values(start, stop))
+            else:
+                state = self._careful(state, reference, start, stop).state
+            found.append((number + 1, state))
+        return found
+
+    def _differentiate(
+        self,
+        states: tuple[State, State],
+        reference: Reference | None,
+        output: tuple[Values, Denominators, Values],
+        gradients: tuple[Heads, Heads, Values],
+        start: int,
+        stop: int,
+    ) -> State:
+        """The gradients of a block; from the gradient of the state after it to that before it."""
+        products = self._products_of_keys(reference, start, stop)
+        tells = self.feature_map.features_tell_gradient
+        key_features = self._activate(
+            products if tells else first_places(self.key_features, stop - start).copy_(products)
+        )
+        values, sums_gradient = self.load_values(start, stop), self.sums_gradient(output, start, stop)
+        pairs_gradient = self._pairs_gradient(sums_gradient, values)
+
+        query_features = self._query_products(reference, start, stop)
+        of_tiles, _ = self._states(states[0], key_features, values)
+        gradient = self._gradient_of_features(sums_gradient, of_tiles, pairs_gradient, key_features)
+        self.feature_map.activate_with_gradient(self._parts(query_features), self._parts(gradient))
+        self.put_query_gradients(gradients[0], self._parts(gradient), start, stop)
+
+        pairs = self._pairs(query_features, key_features).transpose(1, 2)
+        of_tiles, before = self._states(states[1], query_features, sums_gradient, backwards=True)
+        gradient = self._gradient_of_features(values, of_tiles, pairs_gradient.transpose(1, 2), query_features)
+        values_gradient = torch.bmm(self._tiles(key_features), of_tiles)
+        values_gradient = values_gradient.baddbmm_(pairs, self._tiles(sums_gradient)).view_as(values)
+        if tells:
+            self.feature_map.turn_gradient(self._parts(key_features), self._parts(gradient))
+        else:
+            self.feature_map.activate_with_gradient(self._parts(products), self._parts(gradient))
+        self.piece.put(gradients[2], start, stop, self.by_segment(values_gradient[..., :-1]))
+        self.put_key_gradients(gradients[1], self._parts(gradient), values_gradient, start, stop)
+        return before
+
     def _first_state(self) -> State:
-        return self.no_state() if self.past is None else self.past[0].clone()
+        return self.no_state() if self.past is None else self.past[0]
 
     def _first_reference(self) -> Reference | None:
         """The past's, or the log features of the first key, which every query of the segment sees."""
@@ -338,7 +370,7 @@ class _CausalWork(BlockWork):
         tiles[0][0].copy_(state)
         for (before, addend), (after, _) in pairwise(tiles):
             torch.add(before, addend, out=after)
-        return states, torch.add(*tiles[-1], out=state)
+        return states, torch.add(*tiles[-1])
 
     def _pairs(self, query_features: Block, key_features: Block) -> Tensor:
         """A of the module's docstring, of each tile."""

@@ -141,10 +141,10 @@ def block_ranges(num_residues: int, size: int) -> list[tuple[int, int]]:
 
 
 def tiled_ranges(num_residues: int, size: int, tile: int) -> list[tuple[int, int]]:
-    """Blocks of `size`, a multiple of `tile`, then what is left in single tiles, the last of which may be shorter."""
-    whole = num_residues - num_residues % size
-    rest = block_ranges(num_residues - whole, tile)
-    return [*block_ranges(whole, size), *((whole + start, whole + stop) for start, stop in rest)]
+    """Blocks of whole tiles, none longer than `size`, a multiple of `tile`; what is left at the end is by itself."""
+    whole = num_residues - num_residues % tile
+    rest = [(whole, num_residues)] if whole < num_residues else []
+    return block_ranges(whole, size) + rest
 
 
 def _find_segments(segments: Segments) -> list[tuple[int, int, int]]:
