@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from protformer.attention import build_attention, causal, pieces
+from protformer.attention import build_attention, causal_work, pieces
+from protformer.attention.causal import attend_to_past
 from protformer.attention.interface import Attention
 from protformer.config import AttentionConfig, FavorConfig, GeneralizedConfig
 
 HEAD_DIM, NUM_HEADS, NUM_FEATURES = 8, 2, 16
-TILE = causal.TILE_RESIDUES
+TILE = causal_work.TILE_RESIDUES
 KINDS: dict[str, AttentionConfig] = {
     "favor": FavorConfig(num_features=NUM_FEATURES),
     "relu, mirrored": GeneralizedConfig(num_features=NUM_FEATURES, projection="mirrored"),
@@ -38,9 +39,9 @@ def one_segment(length: int) -> Tensor:
 
 
 def blocks_of_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(causal.TIMES_AS_LARGE, "cpu", 1)
+    monkeypatch.setitem(causal_work.TIMES_AS_LARGE, "cpu", 1)
     monkeypatch.setitem(pieces.NUM_FEATURES_AT_ONCE, "cpu", 1)
-    monkeypatch.setattr(causal, "TILE_RESIDUES", 16)  # the smallest block
+    monkeypatch.setattr(causal_work, "TILE_RESIDUES", 16)  # the smallest block
 
 
 @over_kinds
@@ -55,7 +56,7 @@ def test_however_few_states_are_kept_gradients_are_the_same(
     for several in (False, True):
         if several:
             blocks_of_one_tile(monkeypatch)
-            monkeypatch.setattr(causal, "MOST_STATES", most_states)
+            monkeypatch.setattr(causal_work, "MOST_STATES", most_states)
         inputs = draw(length, largest=largest)
         output = attention(*inputs, one_segment(length))
         gradients = [torch.autograd.grad(output.square().sum(), inputs, retain_graph=True) for _ in range(2)]
@@ -66,15 +67,24 @@ def test_however_few_states_are_kept_gradients_are_the_same(
 
 
 @over_kinds
-def test_what_is_kept_of_a_long_sequence_is_a_number_of_states(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("protein", [100 * TILE, 5 * TILE, 10], ids=["one protein", "some proteins", "many proteins"])
+def test_what_is_kept_is_some_states_and_less_than_a_quarter_of_the_queries(
+    kind: str, protein: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocks_of_one_tile(monkeypatch)
-    attention, inputs = build(kind), draw(100 * TILE)
+    attention, length = build(kind), 100 * TILE
+    inputs, segments = draw(length), torch.arange(length)[None] // protein + 1
     before = bytes_of_tensors()
-    output = attention(*inputs, one_segment(100 * TILE))
+    output = attention(*inputs, segments)
     kept = bytes_of_tensors() - before - output.untyped_storage().nbytes()
-    state = 8 * NUM_HEADS * attention.feature_map(HEAD_DIM, torch.float64).plain.num_features * (HEAD_DIM + 1)
-    denominators = 8 * NUM_HEADS * 100 * TILE
-    assert kept <= denominators + (causal.MOST_STATES + 1) * state
+    num_features = attention.feature_map(HEAD_DIM, torch.float64).plain.num_features
+    states = min(causal_work.MOST_STATES - 1, protein // (causal_work.RESIDUES_OF_STATE * num_features))
+    gathered = protein if protein <= pieces.LONGEST_GATHERED["cpu"] else 0
+    # Denominators, positions, a reference, states.
+    numbers_of_a_protein = protein + gathered + num_features + states * num_features * (HEAD_DIM + 1)
+    weights = 8 * 2 * num_features * HEAD_DIM
+    assert kept <= weights + 8 * NUM_HEADS * -(-length // protein) * numbers_of_a_protein
+    assert states * num_features * HEAD_DIM <= protein * HEAD_DIM / 4
 
 
 @over_kinds
@@ -92,7 +102,7 @@ def test_gradients_after_a_past_are_those_of_the_whole(
             _, past = attention.step(*at_once, past)
     rest = [x[:, :, first:].detach().requires_grad_() for x in inputs]
     feature_map = attention.feature_map(HEAD_DIM, torch.float64)
-    output = causal.attend_to_past(*rest, one_segment(100), feature_map, past=past, past_of={(0, 0): 0})
+    output = attend_to_past(*rest, one_segment(100), feature_map, past=past, past_of={(0, 0): 0})
     torch.testing.assert_close(output, whole, atol=1e-9, rtol=1e-9)
     for one, other in zip(torch.autograd.grad(output.square().sum(), rest), wanted, strict=True):
         torch.testing.assert_close(one, other[:, :, first:], atol=1e-9, rtol=1e-9)
