@@ -112,6 +112,8 @@ def test_a_run_away_from_a_terminal_tells_its_rate_its_loss_and_the_time_left(tm
     assert all(re.search(r" [\d,]+ residues/s  loss \d\.\d{4}  \d+ min \d\d s left$", line) for line in lines)
     assert re.search(r"^0:00:\d\d of training in all, [\d,]+ residues/s in this sitting, ", printed.out, re.MULTILINE)
     assert " GB of memory, 0 steps skipped" in printed.out
+    assert run([*loud, "--resume", "--max-steps", "2"]) == 0
+    assert " of training in all, no step was left to make in this sitting, " in capsys.readouterr().out
 
 
 def test_values_stand_in_one_column_however_long_a_name_is(monkeypatch, capsys, tmp_path):

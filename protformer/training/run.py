@@ -167,14 +167,14 @@ def _train(request: RunRequest, config: RunConfig, run: RunFolder) -> RunSummary
 
 def describe_summary(summary: RunSummary) -> str:
     """The closing lines of a run."""
+    rate = summary.residues_per_second
     lines = [
         f"{summary.steps:,} steps, {summary.residues_seen:,} residues seen ({summary.tokens_seen:,} tokens,"
-        f" rows {summary.fill_rate:.1%} full)"
+        f" rows {summary.fill_rate:.1%} full)",
+        f"{_as_duration(summary.seconds)} of training in all,"
+        f" {f'{rate:,.0f} residues/s' if rate else 'no step was left to make'} in this sitting,"
+        f" at most {summary.peak_memory_gb:.2f} GB of memory, {summary.skipped_steps:,} steps skipped",
     ]
-    lines.append(
-        f"{_as_duration(summary.seconds)} of training in all, {summary.residues_per_second:,.0f} residues/s in this"
-        f" sitting, at most {summary.peak_memory_gb:.2f} GB of memory, {summary.skipped_steps:,} steps skipped"
-    )
     if not read_description(summary.model_folder).has_lm_head:
         lines.append("perplexity is left out: the weights that this began with came without a masked-LM head")
     elif summary.scores:
