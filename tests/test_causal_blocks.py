@@ -1,10 +1,14 @@
 """Causal attention over many blocks: what is kept of them for the backward pass, and what is had from that."""
 
 import gc
+import weakref
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from protformer.attention import build_attention, causal_work, pieces
 from protformer.attention.causal import attend_to_past
@@ -45,8 +49,8 @@ def blocks_of_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @over_kinds
-@pytest.mark.parametrize("most_states", [1, 3, 16])
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 300])
+@pytest.mark.parametrize("most_states", [2, 3, 16])
+@pytest.mark.parametrize("length", [1, 17, 300])
 @pytest.mark.parametrize("largest", [1.0, 100.0], ids=["alike", "shrinking"])
 def test_however_few_states_are_kept_gradients_are_the_same(
     kind: str, most_states: int, length: int, largest: float, monkeypatch: pytest.MonkeyPatch
@@ -68,23 +72,85 @@ def test_however_few_states_are_kept_gradients_are_the_same(
 
 @over_kinds
 @pytest.mark.parametrize("protein", [100 * TILE, 5 * TILE, 10], ids=["one protein", "some proteins", "many proteins"])
-def test_what_is_kept_is_some_states_and_less_than_a_quarter_of_the_queries(
+def test_what_waits_for_the_backward_pass_is_some_states_and_few_numbers_a_residue(
     kind: str, protein: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks_of_one_tile(monkeypatch)
     attention, length = build(kind), 100 * TILE
     inputs, segments = draw(length), torch.arange(length)[None] // protein + 1
-    before = bytes_of_tensors()
-    output = attention(*inputs, segments)
-    kept = bytes_of_tensors() - before - output.untyped_storage().nbytes()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        output = attention(*inputs, segments)
+    numbers = sum(x.numel() for x in saved)
+    numbers -= sum(x.numel() for x in (*inputs, output)) + NUM_HEADS * length  # one number a query
     num_features = attention.feature_map(HEAD_DIM, torch.float64).plain.num_features
-    states = min(causal_work.MOST_STATES - 1, protein // (causal_work.RESIDUES_OF_STATE * num_features))
-    gathered = protein if protein <= pieces.LONGEST_GATHERED["cpu"] else 0
-    # Denominators, positions, a reference, states.
-    numbers_of_a_protein = protein + gathered + num_features + states * num_features * (HEAD_DIM + 1)
-    weights = 8 * 2 * num_features * HEAD_DIM
-    assert kept <= weights + 8 * NUM_HEADS * -(-length // protein) * numbers_of_a_protein
-    assert states * num_features * HEAD_DIM <= protein * HEAD_DIM / 4
+    num_proteins, state = -(-length // protein), NUM_HEADS * num_features * (HEAD_DIM + 1)
+    assert numbers <= num_proteins * (causal_work.MOST_STATES - 1) * state
+    assert numbers <= inputs[2].numel() / 4 * (HEAD_DIM + 1) / HEAD_DIM
+    assert (numbers > 0) == (protein >= 5 * TILE)
+
+
+@over_kinds
+def test_nothing_else_outlives_the_forward_pass_or_the_backward_pass(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is saved for autograd is dropped after the backward pass, and by activation checkpointing."""
+    blocks_of_one_tile(monkeypatch)
+    attention, inputs, segments = build(kind), draw(20 * TILE), one_segment(20 * TILE)
+    state = 8 * NUM_HEADS * NUM_FEATURES * (HEAD_DIM + 1)
+    known = bytes_of_tensors()
+    output = checkpoint(attention, *inputs, segments, use_reentrant=False)
+    assert bytes_of_tensors() - known - output.untyped_storage().nbytes() < 4 * state  # the generator's state is 5 kB
+    output.sum().backward()
+    gradients = sum(x.untyped_storage().nbytes() for x in inputs)
+    assert bytes_of_tensors() - known - output.untyped_storage().nbytes() - gradients < 4 * state
+
+    known = bytes_of_tensors()
+    output = attention(*inputs, segments)
+    output.sum().backward()
+    assert bytes_of_tensors() - known - output.untyped_storage().nbytes() < 2 * state
+
+
+@over_kinds
+def test_without_gradients_no_state_is_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks_of_one_tile(monkeypatch)
+    kept, forward = [], causal_work.CausalWork.forward
+
+    def spy(*arguments: Any, keep_states: bool) -> Any:
+        found = forward(*arguments, keep_states=keep_states)
+        kept.append(len(found[1]))
+        return found
+
+    monkeypatch.setattr(causal_work.CausalWork, "forward", spy)
+    attention, inputs, segments = build(kind), draw(20 * TILE), one_segment(20 * TILE)
+    attention(*inputs, segments)
+    attention(*(x.detach() for x in inputs), segments)
+    assert kept == [causal_work.MOST_STATES - 1, 0]
+
+
+@over_kinds
+def test_the_backward_pass_holds_no_more_states_at_once_however_many_blocks(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks_of_one_tile(monkeypatch)
+    monkeypatch.setattr(causal_work, "MOST_STATES", 4)
+    held, differentiate, next_state = [], causal_work.CausalWork._differentiate, causal_work.CausalWork._next_state
+    states: list[weakref.ref[Tensor]] = []
+
+    def spy_next(*arguments: Any) -> Any:
+        states.append(weakref.ref(found := next_state(*arguments)))
+        return found
+
+    def spy(*arguments: Any) -> Any:
+        held.append(sum(state() is not None for state in states))
+        return differentiate(*arguments)
+
+    monkeypatch.setattr(causal_work.CausalWork, "_next_state", spy_next)
+    monkeypatch.setattr(causal_work.CausalWork, "_differentiate", spy)
+    inputs = draw(16 * 4 * 64)
+    build(kind)(*inputs, one_segment(16 * 4 * 64)).sum().backward()
+    assert len(held) == 4 * 64
+    assert 4 <= max(held) <= 3 * 4  # 64 blocks of a group: three times four
 
 
 @over_kinds
@@ -115,10 +181,18 @@ def bytes_of_tensors() -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 300, 1000])
-def test_blocks_are_of_whole_tiles_and_groups_of_neighbouring_blocks(length: int) -> None:
-    ranges = pieces.tiled_ranges(length, 256, 64)
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 300, 1000])
+@pytest.mark.parametrize("least", [1, 200, 2000])
+def test_blocks_are_of_whole_tiles_and_groups_of_neighbouring_blocks(length: int, least: int) -> None:
+    ranges = pieces.tiled_ranges(length, 128, 64)
     assert [place for block in ranges for place in range(*block)] == list(range(length))
-    assert all(stop - start <= 256 and start % 64 == 0 for start, stop in ranges)
+    assert all(stop - start <= 128 and start % 64 == 0 for start, stop in ranges)
     assert all((stop - start) % 64 == 0 or stop - start < 64 for start, stop in ranges)
-    assert len(ranges) <= length // 256 + 2
+    assert len(ranges) <= length // 128 + 2
+
+    groups = causal_work._groups(ranges, least)
+    assert [number for group in groups.values() for number in group] == list(range(len(ranges)))
+    assert all(group[0] == first for first, group in groups.items())
+    assert len(groups) <= min(causal_work.MOST_STATES, -(-length // least))
+    firsts = [ranges[first][0] for first in groups]
+    assert all(after - before < least + 128 for before, after in pairwise([*firsts, length]) if length <= 16 * least)

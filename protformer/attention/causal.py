@@ -4,16 +4,17 @@ In and out as in `linear`. What is computed, and in which order, is in `causal_w
 """
 
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from protformer.attention.block_work import Denominators, Values, compute_dtype, empty_like, of_heads
+from protformer.attention.block_work import Denominators, State, Values, compute_dtype, empty_like, of_heads
 from protformer.attention.cancellation import trusted_of_past
 from protformer.attention.causal_work import CausalWork, Kept
-from protformer.attention.feature_maps import FeatureMap
+from protformer.attention.feature_maps import FeatureMap, Reference
 from protformer.attention.head_shares import head_shares, largest_share
 from protformer.attention.interface import Heads, Segments
 from protformer.attention.past import Past
@@ -63,64 +64,72 @@ class _AttendToPast(torch.autograd.Function):
         denominators = q.new_ones((*q.shape[:3], 1), dtype=compute_dtype(q, k, v))
         keep_states = any(ctx.needs_input_grad)
 
-        def attend(heads: slice) -> list[Kept]:
+        def attend(heads: slice) -> list[tuple[Kept, list[State]]]:
             found, x, results = [], of_heads(heads, q, k, v), (output[:, heads], denominators[:, heads])
             for number, piece in enumerate(pieces):
-                work = CausalWork(*x, piece=piece, feature_map=feature_map)
+                past = None
                 if entries is not None and state is not None:
                     known = None if reference is None else reference[entries[number], heads].flatten(0, 1)
-                    work.go_on_from(state[entries[number], heads].flatten(0, 1), known)
-                kept = work.forward(*results, keep_states=keep_states)
-                del work  # and its buffers
-                found.append(_replace_untrusted(x, piece, kept, results, keep_states=keep_states))
+                    past = state[entries[number], heads].flatten(0, 1), known
+                found.append(_attend(x, piece, feature_map, past, results, keep_states=keep_states))
             return found
 
         with torch.autocast(q.device.type, enabled=False):
-            ctx.found = in_threads([partial(attend, heads) for heads in shares])
-        ctx.save_for_backward(q, k, v, state, output, denominators)
+            found = in_threads([partial(attend, heads) for heads in shares])
+        states = chain.from_iterable(states for share in found for _, states in share)
+        ctx.save_for_backward(q, k, v, state, output, denominators, *states)
+        ctx.kept = [[kept for kept, _ in share] for share in found]
         ctx.shares, ctx.pieces, ctx.entries = shares, pieces, entries
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, state, output, denominators = ctx.saved_tensors
+        q, k, v, state, output, denominators, *saved = ctx.saved_tensors
+        states = iter(saved)
+        found = [[(kept, list(islice(states, kept.num_states))) for kept in share] for share in ctx.kept]
         gradients = (empty_like(q, ctx.pieces), empty_like(k, ctx.pieces), empty_like(v, ctx.pieces))
         state_gradient = None if state is None else torch.zeros_like(state)
 
-        def differentiate(heads: slice, by_piece: list[Kept]) -> None:
+        def differentiate(heads: slice, by_piece: list[tuple[Kept, list[State]]]) -> None:
             x, results = of_heads(heads, q, k, v), of_heads(heads, output, denominators, gradient)
-            for number, (piece, kept) in enumerate(zip(ctx.pieces, by_piece, strict=True)):
+            for number, (piece, (kept, states)) in enumerate(zip(ctx.pieces, by_piece, strict=True)):
                 work = CausalWork(*x, piece=piece, feature_map=kept.feature_map)
                 if state is not None:
                     work.go_on_from(state[ctx.entries[number], heads].flatten(0, 1), kept.references[0])
-                before = work.backward(kept, results, of_heads(heads, *gradients))
+                before = work.backward(kept, states, results, of_heads(heads, *gradients))
                 if state_gradient is not None:
                     state_gradient[ctx.entries[number], heads] = before.unflatten(0, (piece.num_segments, -1))
 
         with torch.autocast(q.device.type, enabled=False):
-            in_threads([partial(differentiate, *share) for share in zip(ctx.shares, ctx.found, strict=True)])
+            in_threads([partial(differentiate, *share) for share in zip(ctx.shares, found, strict=True)])
         return *gradients, state_gradient, None, None, None, None, None
 
 
-def _replace_untrusted(
+def _attend(
     x: tuple[Heads, Heads, Values],
     piece: Piece,
-    kept: Kept,
+    feature_map: FeatureMap,
+    past: tuple[State, Reference | None] | None,
     results: tuple[Values, Denominators],
     *,
     keep_states: bool,
-) -> Kept:
-    """Where a query's sums cancelled, let its output be that of the plain map; gives what the backward pass is to use.
+) -> tuple[Kept, list[State]]:
+    """Fill in the results of a piece; where a query's sums cancelled, those of the plain map, which is then kept.
 
     All others keep what they have: that anything is computed again may be due to queries after them.
     """
+    work = CausalWork(*x, piece=piece, feature_map=feature_map)
+    if past is not None:
+        work.go_on_from(*past)
+    found = work.forward(*results, keep_states=keep_states)
+    del work  # and its buffers
     output, denominators = results
-    is_trusted = trusted_of_past(*x[:2], denominators, piece) if kept.feature_map.num_signed else None
+    is_trusted = trusted_of_past(*x[:2], denominators, piece) if feature_map.num_signed else None
     if is_trusted is None or bool(is_trusted.all()):
-        return kept
+        return found
+    del found
     first = piece.take(output, 0, piece.num_residues).clone()
-    work = CausalWork(*x, piece=piece, feature_map=kept.feature_map.plain)
-    kept = work.forward(*results, keep_states=keep_states)
+    found = _attend(x, piece, feature_map.plain, past, results, keep_states=keep_states)
     piece.put(output, 0, piece.num_residues, first.where(is_trusted, piece.take(output, 0, piece.num_residues)))
-    return kept
+    return found

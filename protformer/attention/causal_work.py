@@ -3,10 +3,11 @@
 In and out: as `BlockWork`, and a query attends to itself and the keys before it. A loop over tiles of residues carries
 S, the sum of phi(k_j) [v_j, 1] over all keys before the tile, and takes the pairs inside a tile explicitly (Choromanski
 et al. 2021, section 2.5.1). All else is computed for a block of several tiles at once. Time is linear in the residues;
-memory beyond q, k, v, the output and one number a query is that of some blocks, and of MOST_STATES states that wait for
-the backward pass. That computes all features again, in one sweep backward: it has the gradient of S from the tiles
-behind, and S from the last state that was kept, to which it adds the keys of the blocks between. With P = phi(Q) and
-F = phi(K) of a tile, G as in `linear`, and the lower triangles of P F^T and G [V, 1]^T,
+memory beyond q, k, v, the output and one number a query is that of some blocks, and of at most MOST_STATES states that
+wait for the backward pass. That computes all features again, in one sweep backward: it has the gradient of S from the
+tiles behind, and S from the last state that was kept, to which it adds the keys of the blocks between; of such sums it
+holds a few times MOST_STATES at most. With P = phi(Q) and F = phi(K) of a tile, G as in `linear`, and the lower
+triangles of P F^T and G [V, 1]^T,
 
     A = tril(P F^T)       B = tril(G [V, 1]^T)
     dP = G S^T + B F      dF = [V, 1] dS^T + B^T P      d[V, 1] = F dS + A^T G      dS += P^T G
@@ -19,6 +20,7 @@ one of them depends on what it sees alone.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,7 +32,7 @@ from protformer.attention.block_work import BlockSums, BlockWork, Denominators, 
 from protformer.attention.careful_causal import LARGEST_EXPONENT, CarefulBlock, careful_block
 from protformer.attention.feature_maps import Block, ExponentialMap, FeatureMap, Parts, Reference
 from protformer.attention.interface import Heads
-from protformer.attention.pieces import Piece, block_residues, tiled_ranges
+from protformer.attention.pieces import Piece, block_ranges, block_residues, tiled_ranges
 
 TILE_RESIDUES = 64
 """Larger tiles have more pairs a residue, smaller ones more states."""
@@ -38,10 +40,10 @@ TIMES_AS_LARGE = {"cpu": 4}
 """Blocks, by type of device, as those of bidirectional attention: a block has more steps here, each of a fixed cost."""
 MOST_STATES = 16
 """Kept for the backward pass of each piece, at about equal distances. With fewer it has more keys to add up again, with
-more it would need more memory."""
+more it would need more memory. It also holds no more at once where it adds keys up."""
 RESIDUES_OF_STATE = 4
-"""At least so many, times the number of features, are between states that are kept: so all of them together are no more
-than a quarter of as many numbers as the queries."""
+"""At least so many, times the number of features, are between states that are kept, so that all of them together are
+not many more numbers than a quarter of the values."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,8 +53,8 @@ class Kept:
     feature_map: FeatureMap
     references: list[Reference | None]
     """Of each block, and at last those after the end; a block was computed carefully if the next has others."""
-    states: dict[int, State]
-    """Those before some blocks, by number; that before the first is known."""
+    num_states: int
+    """Before groups of blocks; that before the first is known."""
 
 
 class CausalWork(BlockWork):
@@ -82,12 +84,12 @@ class CausalWork(BlockWork):
         """Let the segments have a past before their first residue here."""
         self.past = state, reference
 
-    def forward(self, output: Values, denominators: Denominators, *, keep_states: bool) -> Kept:
-        """Fill in the output."""
-        state, references, kept = self._first_state(), [self._first_reference()], {}
+    def forward(self, output: Values, denominators: Denominators, *, keep_states: bool) -> tuple[Kept, list[State]]:
+        """Fill in the output; gives the states before all groups but the first, if they are to be kept."""
+        state, references, kept = self._first_state(), [self._first_reference()], []
         for number, (start, stop) in enumerate(self.ranges):
             if keep_states and number > 0 and number in self.groups:
-                kept[number] = state
+                kept.append(state)
             products, exceeds = self._key_products(references[-1], start, stop)
             key_features = self._activate(products)
             query_features = self._activate(self._query_products(references[-1], start, stop))
@@ -109,39 +111,58 @@ class CausalWork(BlockWork):
             references.append(reference)
             self.piece.put(output, start, stop, self.by_segment(result))
             self.piece.put(denominators, start, stop, self.by_segment(denominator))
-        return Kept(feature_map=self.feature_map, references=references, states=kept)
+        return Kept(feature_map=self.feature_map, references=references, num_states=len(kept)), kept
 
     def backward(
-        self, kept: Kept, output: tuple[Values, Denominators, Values], gradients: tuple[Heads, Heads, Values]
+        self,
+        kept: Kept,
+        states: list[State],
+        output: tuple[Values, Denominators, Values],
+        gradients: tuple[Heads, Heads, Values],
     ) -> State:
         """Fill in the gradients of q, k and v; `output` are the outputs, their denominators, and their gradient.
 
         Gives the gradient of the state before the first residue.
         """
         state_gradient = self.no_state()
-        for first in reversed(self.groups):
-            for number, state in reversed(self._states_before_blocks(first, kept)):
+        groups = zip(self.groups.values(), [self._first_state(), *states], strict=True)
+        for numbers, first_state in reversed(list(groups)):
+            for number, state in self._last_to_first(numbers, first_state, kept.references):
                 reference, (start, stop) = kept.references[number], self.ranges[number]
-                states = state, state_gradient
+                before_and_after = state, state_gradient
                 if kept.references[number + 1] is reference:
-                    state_gradient = self._differentiate(states, reference, output, gradients, start, stop)
+                    state_gradient = self._differentiate(before_and_after, reference, output, gradients, start, stop)
                 else:
-                    state_gradient = self._differentiate_carefully(states, reference, output[2], gradients, start, stop)
+                    state_gradient = self._differentiate_carefully(
+                        before_and_after, reference, output[2], gradients, start, stop
+                    )
         return state_gradient
 
-    def _states_before_blocks(self, first: int, kept: Kept) -> list[tuple[int, State]]:
-        """The blocks of a group, by number, each with the state before it."""
-        state = kept.states[first] if first > 0 else self._first_state()
-        found = [(first, state)]
-        for number in self.groups[first][:-1]:
-            reference, (start, stop) = kept.references[number], self.ranges[number]
-            if kept.references[number + 1] is reference:
-                features = self._activate(self._products_of_keys(reference, start, stop))
-                state = torch.baddbmm(state, features.transpose(1, 2), self.load_values(start, stop))
+    def _last_to_first(
+        self, numbers: list[int], state: State, references: list[Reference | None]
+    ) -> Iterator[tuple[int, State]]:
+        """Neighbouring blocks, each with the state before it, from the state before the first of them."""
+        size = math.ceil(len(numbers) / MOST_STATES)
+        parts = [numbers[start:stop] for start, stop in block_ranges(len(numbers), size)]
+        states = [state]
+        for part in parts[:-1]:
+            for number in part:
+                state = self._next_state(state, references[number], references[number + 1], *self.ranges[number])
+            states.append(state)
+        while parts:
+            part, state = parts.pop(), states.pop()
+            if len(part) == 1:
+                yield part[0], state
             else:
-                state = self._careful(state, reference, start, stop).state
-            found.append((number + 1, state))
-        return found
+                yield from self._last_to_first(part, state, references)
+
+    def _next_state(
+        self, state: State, reference: Reference | None, next_reference: Reference | None, start: int, stop: int
+    ) -> State:
+        if next_reference is not reference:
+            return self._careful(state, reference, start, stop).state
+        features = self._activate(self._products_of_keys(reference, start, stop))
+        return torch.baddbmm(state, features.transpose(1, 2), self.load_values(start, stop))
 
     def _differentiate(
         self,
