@@ -71,6 +71,19 @@ def test_however_few_states_are_kept_gradients_are_the_same(
 
 
 @over_kinds
+def test_pieces_of_one_and_of_several_proteins_keep_states_side_by_side(kind: str) -> None:
+    """Proteins of 100 residues are gathered, three together, and one of 150 is by itself; all have two blocks."""
+    attention, lengths = build(kind), [100, 100, 150, 100]
+    inputs = draw(sum(lengths))
+    segments = torch.arange(1, 5).repeat_interleave(torch.tensor(lengths))[None]
+    packed = torch.autograd.grad(attention(*inputs, segments).square().sum(), inputs)
+    for protein in zip(*(x.split(lengths, 2) for x in (*inputs, *packed)), strict=True):
+        alone = attention(*protein[:3], one_segment(protein[0].shape[2])).square().sum()
+        for one, other in zip(torch.autograd.grad(alone, protein[:3]), protein[3:], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+
+
+@over_kinds
 @pytest.mark.parametrize("protein", [100 * TILE, 5 * TILE, 10], ids=["one protein", "some proteins", "many proteins"])
 def test_what_waits_for_the_backward_pass_is_some_states_and_few_numbers_a_residue(
     kind: str, protein: int, monkeypatch: pytest.MonkeyPatch

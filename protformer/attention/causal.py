@@ -64,7 +64,7 @@ class _AttendToPast(torch.autograd.Function):
         denominators = q.new_ones((*q.shape[:3], 1), dtype=compute_dtype(q, k, v))
         keep_states = any(ctx.needs_input_grad)
 
-        def attend(heads: slice) -> list[tuple[Kept, list[State]]]:
+        def attend(heads: slice) -> list[tuple[Kept, list[Tensor]]]:
             found, x, results = [], of_heads(heads, q, k, v), (output[:, heads], denominators[:, heads])
             for number, piece in enumerate(pieces):
                 past = None
@@ -91,7 +91,7 @@ class _AttendToPast(torch.autograd.Function):
         gradients = (empty_like(q, ctx.pieces), empty_like(k, ctx.pieces), empty_like(v, ctx.pieces))
         state_gradient = None if state is None else torch.zeros_like(state)
 
-        def differentiate(heads: slice, by_piece: list[tuple[Kept, list[State]]]) -> None:
+        def differentiate(heads: slice, by_piece: list[tuple[Kept, list[Tensor]]]) -> None:
             x, results = of_heads(heads, q, k, v), of_heads(heads, output, denominators, gradient)
             for number, (piece, (kept, states)) in enumerate(zip(ctx.pieces, by_piece, strict=True)):
                 work = CausalWork(*x, piece=piece, feature_map=kept.feature_map)
