@@ -184,24 +184,25 @@ def test_heads_shared_out_among_threads_give_the_same(name: str, causal: bool, m
 
 @pytest.mark.parametrize("name", LINEAR_NAMES)
 @over_directions
-@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("scales", [(0.1, 1.0), (0.1, 30.0), (30.0, 0.1)], ids=["alike", "growing", "shrinking"])
 def test_several_blocks_give_the_same_as_one(
-    name: str, causal: bool, scale: float, monkeypatch: pytest.MonkeyPatch
+    name: str, causal: bool, scales: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 32 residues, two tiles of causal kinds. Which blocks have keys too large for the usual way differs."""
+    """Of 128 and 32 residues; causal blocks are larger. Which have keys too large for the usual way differs."""
     attention, segments = build(name, causal), one_segment(300)
-    shrinking = torch.linspace(scale, 0.1, 300, dtype=torch.float64)[:, None]
+    factors = torch.linspace(*scales, 300, dtype=torch.float64)[:, None]
     results = []
-    for residues in (None, 32):
+    for residues in (None, 128, 32):
         if residues is not None:
             features = attention.feature_map(HEAD_DIM, torch.float64).num_features * NUM_HEADS
             monkeypatch.setitem(pieces.NUM_FEATURES_AT_ONCE, "cpu", residues * features)
         q, k, v = draw(300, dtype=torch.float64)
-        inputs = [x.requires_grad_() for x in (q, shrinking * k, v)]
+        inputs = [x.requires_grad_() for x in (q, factors * k, v)]
         output = attention(*inputs, segments)
         results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
-    for one, several in zip(*results, strict=True):
-        torch.testing.assert_close(several, one, **FLOAT64)
+    for one, *several in zip(*results, strict=True):
+        for other in several:
+            torch.testing.assert_close(other, one, **FLOAT64)
 
 
 @over_kinds_and_directions

@@ -85,9 +85,9 @@ class _AttendToPast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, state, output, denominators, *saved = ctx.saved_tensors
-        states = iter(saved)
-        found = [[(kept, list(islice(states, kept.num_states))) for kept in share] for share in ctx.kept]
+        q, k, v, state, output, denominators, *all_states = ctx.saved_tensors
+        next_states = iter(all_states)
+        found = [[(kept, list(islice(next_states, kept.num_states))) for kept in share] for share in ctx.kept]
         gradients = (empty_like(q, ctx.pieces), empty_like(k, ctx.pieces), empty_like(v, ctx.pieces))
         state_gradient = None if state is None else torch.zeros_like(state)
 
