@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -71,17 +72,17 @@ def num_threads(device: torch.device) -> int:
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
-def in_threads(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
+def in_threads(tasks: Sequence[Callable[[], Result]], *, level: str = "attention") -> list[Result]:
     """Run tasks at once, the first one here and each other in a thread, with their shares of torch's threads.
 
     Without autograd; autocast is off in new threads, so callers switch it off here. The first error, by the order of
-    tasks, is raised when all have ended.
+    tasks, is raised when all have ended. Tasks may do so themselves, with another name of the `level`.
     """
     if len(tasks) == 1:
         return [tasks[0]()]
     of_all = torch.get_num_threads()
     run = partial(_run_task, num_threads=max(1, of_all // len(tasks)), inference=torch.is_inference_mode_enabled())
-    pool = _thread_pool(os.getpid(), len(tasks) - 1)
+    pool = _thread_pool(level, len(tasks) - 1, process=os.getpid(), thread=threading.get_ident())
     running: list[Future[Result]] = []
     try:
         running += (pool.submit(run, task) for task in tasks[1:])
@@ -101,9 +102,12 @@ def _run_task(task: Callable[[], Result], *, num_threads: int, inference: bool) 
 
 
 @cache
-def _thread_pool(process: int, size: int) -> ThreadPoolExecutor:
-    """Threads that stay; a forked process has none of its parent's, and makes its own."""
-    return ThreadPoolExecutor(size, thread_name_prefix="attention")
+def _thread_pool(level: str, size: int, *, process: int, thread: int) -> ThreadPoolExecutor:
+    """Threads that stay, for one thread and level, so that no task waits for a thread that waits for the task.
+
+    A forked process has none of its parent's, and makes its own.
+    """
+    return ThreadPoolExecutor(size, thread_name_prefix=level)
 
 
 def launched_rank() -> int:

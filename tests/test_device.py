@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -37,6 +38,22 @@ def test_an_error_in_a_thread_is_raised_when_all_have_ended() -> None:
     with pytest.raises(MemoryError, match="no room"):
         in_threads([fail, lambda: ended.append(True)])
     assert ended == [True]
+
+
+def test_tasks_of_one_level_may_have_tasks_of_another() -> None:
+    def inner(number: int) -> int:
+        return number
+
+    def outer(number: int) -> list[int]:
+        return in_threads([partial(inner, number), partial(inner, number + 1)])
+
+    # In a thread of its own, so that a deadlock fails the test instead of stopping it.
+    found: list[list[int]] = []
+    work = [partial(outer, 0), partial(outer, 10)]
+    thread = threading.Thread(target=lambda: found.extend(in_threads(work, level="batches")), daemon=True)
+    thread.start()
+    thread.join(timeout=30)
+    assert found == [[0, 1], [10, 11]]
 
 
 PAGES_TOUCHED = """

@@ -7,6 +7,7 @@ unless asked for.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protformer.corpus.fasta import SequenceRecord
+from protformer.device import in_threads, num_threads
 from protformer.errors import ConfigError, InputError
 from protformer.inference.batches import BATCHES_IN_CHUNK, InferenceBatch, chunked, length_sorted_batches, most_tokens
 from protformer.inference.embedding_record import EmbeddingRecord, hash_of_sequence
@@ -22,6 +24,11 @@ from protformer.model.encoder import Encoder
 
 OnLong = Literal["error", "window", "truncate", "skip"]
 Per = Literal["protein", "residue", "both"]
+
+
+BATCHES_AT_ONCE = 4
+"""At the most, on CPUs, of as many threads: two threads embed 8 % (float32) to 16 % (bf16) more residues a second
+with a batch each than when they share every operation of one batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,14 +88,8 @@ def embed(
     """Embed each protein; `layer` counts blocks (see `resolve_layer`). InputError for a long one under `error`."""
     chunk_residues = BATCHES_IN_CHUNK * most_tokens(batch_tokens, session.device)
     for chunk in chunked(_within_limit(records, limit, report), chunk_residues):
-        hidden: dict[int, Tensor] = {}
         pieces, owner = _windows(chunk, limit)
-        batches = length_sorted_batches(
-            pieces, max_tokens=batch_tokens, model=session.model.config, device=session.device
-        )
-        for batch in batches:
-            with session.autocast():
-                hidden.update(_hidden_states(session.model.encoder, batch, layer))
+        hidden = _states_of_pieces(session, pieces, layer, batch_tokens)
         for number, record in enumerate(chunk):
             own = [hidden.pop(i) for i in owner[number]]
             residues = own[0] if len(own) == 1 else _merge_windows(own, len(record), limit)
@@ -150,6 +151,34 @@ def _merge_windows(
         total[start : start + len(window)] += window
         count[start : start + len(window)] += 1
     return total / count
+
+
+def _states_of_pieces(
+    session: InferenceSession, pieces: list[SequenceRecord], layer: int, batch_tokens: int
+) -> dict[int, Float[Tensor, "_ channel"]]:
+    """Hidden states of each piece, by its place. Proteins that exceed a batch go one by one, for what they hold."""
+    model, device = session.model, session.device
+    most = most_tokens(batch_tokens, device)
+    batches = list(length_sorted_batches(pieces, max_tokens=batch_tokens, model=model.config, device=device))
+    long = [batch for batch in batches if batch.tokens.numel() > most]
+    others = batches[len(long) :]  # the longest are first
+
+    def work_off(pending: Iterator[InferenceBatch]) -> dict[int, Tensor]:
+        found: dict[int, Tensor] = {}
+        try:
+            with session.autocast():
+                for batch in pending:
+                    found |= _hidden_states(model.encoder, batch, layer)
+        except BaseException:
+            list(pending)  # nothing is left for the other threads
+            raise
+        return found
+
+    hidden = work_off(iter(long))
+    workers = max(1, min(num_threads(device), BATCHES_AT_ONCE, len(others)))
+    for found in in_threads([partial(work_off, iter(others))] * workers, level="batches"):
+        hidden |= found
+    return hidden
 
 
 @torch.inference_mode()
