@@ -1,5 +1,8 @@
 """Embeddings and contacts are of whole proteins, independent of company, and in the order of the input."""
 
+import threading
+from functools import partial
+
 import h5py
 import numpy as np
 import pytest
@@ -91,6 +94,93 @@ def shapes(session, lengths, max_tokens):
     config, device = session.model.config, session.device
     found = batches.length_sorted_batches(records, max_tokens=max_tokens, model=config, device=device)
     return [tuple(batch.tokens.shape) for batch in found]
+
+
+def test_batches_go_to_threads_and_give_the_same(session, fasta):
+    records = list(read_fasta(fasta))
+    expected = embeddings(session, records, batch_tokens=10)
+    before, taken = torch.get_num_threads(), {}
+    meeting = threading.Barrier(3, timeout=30)  # nobody begins unless all three are there
+
+    def begin(*_):
+        if threading.get_ident() not in taken:
+            taken[threading.get_ident()] = torch.get_num_threads()
+            meeting.wait()
+
+    hook = session.model.encoder.register_forward_pre_hook(begin)
+    torch.set_num_threads(3)
+    try:
+        found = embeddings(session, records * 20, batch_tokens=128)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+        hook.remove()
+    assert list(taken.values()) == [1, 1, 1]
+    assert len(found) == 20 * len(expected)
+    for embedding, alone in zip(found, expected * 20, strict=True):
+        np.testing.assert_allclose(embedding.residue, alone.residue, rtol=1e-4, atol=1e-5)
+
+
+def test_an_error_in_one_batch_ends_the_others_and_reaches_the_caller(session, fasta):
+    records, taken = list(read_fasta(fasta)) * 20, []
+
+    def fail_at_third(*_):
+        taken.append(True)
+        if len(taken) == 3:
+            raise MemoryError("no room")
+
+    hook = session.model.encoder.register_forward_pre_hook(fail_at_third)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(MemoryError, match="no room"):
+            embeddings(session, records, batch_tokens=128)
+    finally:
+        torch.set_num_threads(before)
+        hook.remove()
+    assert len(taken) < 10  # of 35; the other thread may have been at one already
+
+
+def test_proteins_that_exceed_a_batch_have_all_threads_for_themselves(session, fasta):
+    records, taken = list(read_fasta(fasta)), []
+    hook = session.model.encoder.register_forward_pre_hook(
+        lambda _, inputs: taken.append((inputs[0].numel(), torch.get_num_threads()))
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        embeddings(session, records, batch_tokens=40)
+    finally:
+        torch.set_num_threads(before)
+        hook.remove()
+    assert [threads for tokens, threads in taken if tokens > 40] == [2, 2]
+    assert {threads for tokens, threads in taken if tokens <= 40} == {1}
+
+
+@pytest.mark.parametrize(("kind", "precise"), [(ExactConfig(), True), (FavorConfig(num_features=8), False)])
+def test_in_bf16_on_cpus_sharp_attention_stays_in_float32(tmp_path, fasta, kind, precise):
+    path = write_model(tmp_path / "m", kind)
+    in_float32, in_bf16 = (open_session(path, device="cpu", precision=name) for name in ("fp32", "bf16"))
+    tokens = torch.tensor([[*list(read_fasta(fasta))[2].tokens, EOS]])
+    inputs = (tokens, torch.ones_like(tokens))
+    seen, hooks = {}, []
+    block = in_bf16.model.encoder.blocks[0]
+    for name in ("attention", "attention_output", "feed_forward_input", "feed_forward_output"):
+        of_name = partial(lambda name, _module, _inputs, output: seen.update({name: output.dtype}), name)
+        hooks.append(getattr(block, name).register_forward_hook(of_name))
+    with torch.inference_mode():
+        expected = next(in_float32.model.encoder.attention_inputs(*inputs))
+        with in_bf16.autocast():
+            found = next(in_bf16.model.encoder.attention_inputs(*inputs))
+            in_bf16.model.encoder(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) == precise
+    of_attention = torch.float32 if precise else torch.bfloat16
+    assert seen["attention"] == seen["attention_output"] == of_attention
+    assert seen["feed_forward_input"] == seen["feed_forward_output"] == torch.bfloat16
+    assert torch.is_autocast_enabled("cpu") is False
+    with in_bf16.autocast():  # training and its gradients are as ever
+        found = block.queries_keys_values(torch.ones(1, 3, 16, requires_grad=True), None)
+    assert {x.dtype for x in found} == {torch.bfloat16}
 
 
 def test_a_unidirectional_model_embeds_each_residue_from_those_before_and_itself(tmp_path, fasta):

@@ -42,6 +42,8 @@ WEIGHTS_AT_ONCE = 2**22
 class ClusteredAttention(Attention):
     """Exact weights in the clusters where a query's largest keys are, and one weight each for the other clusters."""
 
+    is_sharp = True
+
     def __init__(
         self, config: ClusteredConfig, *, head_dim: int, num_heads: int, causal: bool, seed: int, layer: int
     ) -> None:

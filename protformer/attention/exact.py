@@ -19,6 +19,7 @@ class ExactAttention(Attention):
     """softmax(q k^T / sqrt(head_dim)) v; has neither parameters nor features, so seed and layer do not matter."""
 
     any_channel_order = True
+    is_sharp = True
 
     def __init__(
         self, config: ExactConfig, *, head_dim: int, num_heads: int, causal: bool, seed: int, layer: int

