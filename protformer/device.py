@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -75,22 +75,28 @@ def num_threads(device: torch.device) -> int:
 def in_threads(tasks: Sequence[Callable[[], Result]], *, level: str = "attention") -> list[Result]:
     """Run tasks at once, the first one here and each other in a thread, with their shares of torch's threads.
 
-    Without autograd; autocast is off in new threads, so callers switch it off here. The first error, by the order of
-    tasks, is raised when all have ended. Tasks may do so themselves, with another name of the `level`.
+    Without autograd. Autocast is off in new threads: callers switch it off here, or tasks set it themselves. The first
+    error, by the order of tasks, is raised when all have ended. A task may call this too, under another `level`.
     """
     if len(tasks) == 1:
         return [tasks[0]()]
-    of_all = torch.get_num_threads()
-    run = partial(_run_task, num_threads=max(1, of_all // len(tasks)), inference=torch.is_inference_mode_enabled())
-    pool = _thread_pool(level, len(tasks) - 1, process=os.getpid(), thread=threading.get_ident())
+    of_all, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    share, left = divmod(of_all, len(tasks))
+    first, *others = (
+        partial(_run_task, task, num_threads=max(1, share + (number < left)), inference=inference)
+        for number, task in enumerate(tasks)
+    )
+    pool = _thread_pool(level, len(others))
     running: list[Future[Result]] = []
     try:
-        running += (pool.submit(run, task) for task in tasks[1:])
-        first = run(tasks[0])
+        running += map(pool.submit, others)
+        result = first()
     finally:
-        wait(running)
-        torch.set_num_threads(of_all)  # of this thread, and of those that are started from now on
-    return [first, *(task.result() for task in running)]
+        try:
+            wait(running)
+        finally:
+            torch.set_num_threads(of_all)  # of this thread, and of those that are started from now on
+    return [result, *(task.result() for task in running)]
 
 
 def _run_task(task: Callable[[], Result], *, num_threads: int, inference: bool) -> Result:
@@ -101,13 +107,25 @@ def _run_task(task: Callable[[], Result], *, num_threads: int, inference: bool) 
         return task()
 
 
-@cache
-def _thread_pool(level: str, size: int, *, process: int, thread: int) -> ThreadPoolExecutor:
-    """Threads that stay, for one thread and level, so that no task waits for a thread that waits for the task.
+def _thread_pool(level: str, size: int) -> ThreadPoolExecutor:
+    """Threads that stay as long as this thread, for one level, so that no task waits for a thread that waits for it.
 
     A forked process has none of its parent's, and makes its own.
     """
-    return ThreadPoolExecutor(size, thread_name_prefix=level)
+    key = (os.getpid(), level, size)
+    if key not in _own.pools:
+        _own.pools[key] = ThreadPoolExecutor(size, thread_name_prefix=level)
+    return _own.pools[key]
+
+
+class _OfThread(threading.local):
+    """What each thread has for itself."""
+
+    def __init__(self) -> None:
+        self.pools: dict[tuple[int, str, int], ThreadPoolExecutor] = {}
+
+
+_own = _OfThread()
 
 
 def launched_rank() -> int:

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import threading
-from functools import partial
+import time
 
 import pytest
 import torch
@@ -19,11 +19,12 @@ def test_tasks_run_at_once_and_give_their_results_in_order() -> None:
         return number, torch.get_num_threads(), torch.is_grad_enabled()
 
     before = torch.get_num_threads()
-    torch.set_num_threads(6)
     try:
-        found = in_threads([lambda n=n: task(n) for n in range(3)])
-        assert found == [(0, 2, False), (1, 2, False), (2, 2, False)]
-        assert torch.get_num_threads() == 6
+        for of_all, shares in {6: (2, 2, 2), 7: (3, 2, 2), 8: (3, 3, 2), 2: (1, 1, 1)}.items():
+            torch.set_num_threads(of_all)
+            found = in_threads([lambda n=n: task(n) for n in range(3)])
+            assert found == [(number, share, False) for number, share in enumerate(shares)]
+            assert torch.get_num_threads() == of_all
         assert in_threads([lambda: threading.get_ident()]) == [threading.get_ident()]
     finally:
         torch.set_num_threads(before)
@@ -40,20 +41,59 @@ def test_an_error_in_a_thread_is_raised_when_all_have_ended() -> None:
     assert ended == [True]
 
 
-def test_tasks_of_one_level_may_have_tasks_of_another() -> None:
-    def inner(number: int) -> int:
-        return number
+LEVELS = """
+import threading
+from protformer.device import in_threads
 
-    def outer(number: int) -> list[int]:
-        return in_threads([partial(inner, number), partial(inner, number + 1)])
+inner_is_done = threading.Event()
 
-    # In a thread of its own, so that a deadlock fails the test instead of stopping it.
-    found: list[list[int]] = []
-    work = [partial(outer, 0), partial(outer, 10)]
-    thread = threading.Thread(target=lambda: found.extend(in_threads(work, level="batches")), daemon=True)
-    thread.start()
-    thread.join(timeout=30)
-    assert found == [[0, 1], [10, 11]]
+def inner():
+    return threading.current_thread().name
+
+def outer_with_tasks():
+    found = in_threads([inner, inner])
+    inner_is_done.set()
+    return found
+
+def outer_that_waits():
+    assert inner_is_done.wait(timeout=60)
+
+for outer in ((outer_with_tasks, outer_that_waits), (outer_that_waits, outer_with_tasks)):
+    inner_is_done.clear()
+    print(in_threads(outer, level="batches"))
+
+meeting = threading.Barrier(4)  # passed only if each of the two has a thread for its second task
+
+def meet():
+    meeting.wait(timeout=60)
+
+print(in_threads([lambda: in_threads([meet, meet])] * 2, level="batches"))
+"""
+
+
+def test_tasks_of_one_level_have_tasks_of_another_while_their_neighbours_work() -> None:
+    command = [sys.executable, "-c", LEVELS]  # a process, since threads that wait for each other would never end
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert printed.splitlines() == [
+        "[['MainThread', 'attention_0'], None]",
+        "[None, ['batches_0', 'attention_0']]",
+        "[[None, None], [None, None]]",
+    ]
+
+
+def test_threads_end_with_the_thread_that_they_worked_for() -> None:
+    def work() -> None:
+        in_threads([threading.get_ident, threading.get_ident], level="of a thread that ends")
+
+    caller = threading.Thread(target=work)
+    caller.start()
+    caller.join()
+    names = [thread.name for thread in threading.enumerate()]
+    deadline = time.monotonic() + 30
+    while any(name.startswith("of a thread that ends") for name in names) and time.monotonic() < deadline:
+        time.sleep(0.01)
+        names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name.startswith("of a thread that ends")]
 
 
 PAGES_TOUCHED = """
