@@ -92,7 +92,7 @@ def test_npz_holds_the_map_its_sequence_and_its_chains(tmp_path, chosen):
     (path,) = write_contacts(chosen, tmp_path, ["npz"])
     arrays = read_npz(path)
     pair = len(chosen.chain_ids) == 2
-    names = {"contacts", "sequence", "chain_lengths", "chain_ids"} | ({"inter_chain"} if pair else set())
+    names = {"contacts", "sequence", "chain_lengths", "chain_ids", "provenance"} | ({"inter_chain"} if pair else set())
     assert set(arrays) == names
     assert arrays["contacts"].dtype == np.float32
     np.testing.assert_array_equal(arrays["contacts"], chosen.contacts)
@@ -264,16 +264,16 @@ def test_a_pair_is_told_from_one_protein_whose_id_looks_like_a_pair():
 def test_a_map_is_there_when_all_its_files_are(tmp_path):
     chosen = contact_map("MKVLA")
     paths = write_contacts(chosen, tmp_path, FORMATS, plot=True)
-    assert is_written(paths, ["MKVLA"])
+    assert is_written(paths, ["MKVLA"], {})
     for others in (["MKVLV"], ["MKV", "LA"]):
         with pytest.raises(OutputError, match="another sequence"):
-            is_written(paths, others)
+            is_written(paths, others, {})
     paths[1].unlink()
-    assert not is_written(paths, ["MKVLA"])
+    assert not is_written(paths, ["MKVLA"], {})
     with pytest.raises(OutputError, match="another sequence"):
-        is_written(paths, ["MKVLV"])
+        is_written(paths, ["MKVLV"], {})
     assert write_contacts(chosen, tmp_path, FORMATS, plot=True, replace=True) == paths
-    assert is_written(paths, ["MKVLA"])
+    assert is_written(paths, ["MKVLA"], {})
     next(path for path in paths if path.suffix == ".npz").write_bytes(b"PK damaged")
     with pytest.raises(OutputError, match="not a contact map, or damaged"):
-        is_written(paths, ["MKVLA"])
+        is_written(paths, ["MKVLA"], {})

@@ -1,5 +1,7 @@
 """Embeddings and contacts are of whole proteins, independent of company, and in the order of the input."""
 
+import json
+import shutil
 import threading
 from functools import partial
 
@@ -11,6 +13,7 @@ from small_model import write_model
 
 from protformer import device
 from protformer.alphabet import EOS, STANDARD_RESIDUES, TOKENS
+from protformer.attention import head_shares, linear
 from protformer.cli import run
 from protformer.config import ExactConfig, FavorConfig
 from protformer.corpus.fasta import SequenceRecord, read_fasta
@@ -121,12 +124,33 @@ def test_batches_go_to_threads_and_give_the_same(session, fasta):
         np.testing.assert_allclose(embedding.residue, alone.residue, rtol=1e-4, atol=1e-5)
 
 
+def test_batches_at_once_share_their_heads_among_the_threads_of_each(session, fasta, monkeypatch):
+    records, shares = list(read_fasta(fasta)), []
+    expected = embeddings(session, records, batch_tokens=10)
+
+    def in_threads(tasks):
+        shares.append((len(tasks), torch.get_num_threads()))
+        return device.in_threads(tasks)
+
+    monkeypatch.setattr(linear, "in_threads", in_threads)
+    monkeypatch.setattr(head_shares, "LEAST_FEATURES", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = embeddings(session, records, batch_tokens=140)
+    finally:
+        torch.set_num_threads(before)
+    assert shares == [(2, 2)] * 4  # two batches, two layers
+    for embedding, alone in zip(found, expected, strict=True):
+        np.testing.assert_allclose(embedding.residue, alone.residue, rtol=1e-4, atol=1e-5)
+
+
 def test_an_error_in_one_batch_ends_the_others_and_reaches_the_caller(session, fasta):
     records, taken = list(read_fasta(fasta)) * 20, []
 
     def fail_at_third(*_):
         taken.append(True)
-        if len(taken) == 3:
+        if len(taken) >= 3:  # two threads may come here at once
             raise MemoryError("no room")
 
     hook = session.model.encoder.register_forward_pre_hook(fail_at_third)
@@ -138,7 +162,7 @@ def test_an_error_in_one_batch_ends_the_others_and_reaches_the_caller(session, f
     finally:
         torch.set_num_threads(before)
         hook.remove()
-    assert len(taken) < 10  # of 35; the other thread may have been at one already
+    assert len(taken) < 30  # of 36; the other thread may have begun some meanwhile
 
 
 def test_proteins_that_exceed_a_batch_have_all_threads_for_themselves(session, fasta):
@@ -163,11 +187,11 @@ def test_in_bf16_on_cpus_sharp_attention_stays_in_float32(tmp_path, fasta, kind,
     in_float32, in_bf16 = (open_session(path, device="cpu", precision=name) for name in ("fp32", "bf16"))
     tokens = torch.tensor([[*list(read_fasta(fasta))[2].tokens, EOS]])
     inputs = (tokens, torch.ones_like(tokens))
-    seen, hooks = {}, []
+    seen = {}
     block = in_bf16.model.encoder.blocks[0]
     for name in ("attention", "attention_output", "feed_forward_input", "feed_forward_output"):
         of_name = partial(lambda name, _module, _inputs, output: seen.update({name: output.dtype}), name)
-        hooks.append(getattr(block, name).register_forward_hook(of_name))
+        getattr(block, name).register_forward_hook(of_name)
     with torch.inference_mode():
         expected = next(in_float32.model.encoder.attention_inputs(*inputs))
         with in_bf16.autocast():
@@ -178,8 +202,10 @@ def test_in_bf16_on_cpus_sharp_attention_stays_in_float32(tmp_path, fasta, kind,
     assert seen["attention"] == seen["attention_output"] == of_attention
     assert seen["feed_forward_input"] == seen["feed_forward_output"] == torch.bfloat16
     assert torch.is_autocast_enabled("cpu") is False
-    with in_bf16.autocast():  # training and its gradients are as ever
-        found = block.queries_keys_values(torch.ones(1, 3, 16, requires_grad=True), None)
+    with in_bf16.autocast():  # training and its gradients are as ever, and so is validation
+        found = [*block.queries_keys_values(torch.ones(1, 3, 16, requires_grad=True), None)]
+        with torch.no_grad():
+            found += block.queries_keys_values(torch.ones(1, 3, 16), None)
     assert {x.dtype for x in found} == {torch.bfloat16}
 
 
@@ -409,6 +435,25 @@ def test_contact_maps_go_on_where_ctrl_c_stopped_them(model, fasta, tmp_path, ca
     assert "--resume" in capsys.readouterr().err
     assert run([*command, "--resume"]) == 0
     assert "4 contact maps (2 were there already)" in capsys.readouterr().out
+
+
+def test_contact_maps_that_were_made_otherwise_are_not_kept(model, fasta, tmp_path, capsys):
+    command = ["predict-contacts", "--fasta", str(fasta), "--out", str(tmp_path / "maps"), "--resume", "--model"]
+    assert run([*command, str(model)]) == 0
+    with np.load(tmp_path / "maps" / "p%2F0.npz") as arrays:
+        found = json.loads(str(arrays["provenance"]))
+    assert (found["model"], found["method"], found["precision"]) == ("favor", "attention", "float32")
+    moved = shutil.copytree(model, tmp_path / "moved")
+    other = write_model(tmp_path / "other", ExactConfig())
+    assert run([*command, str(moved)]) == 0
+    capsys.readouterr()
+    for options, told in (
+        ([str(other)], "was made with weights_sha256 "),
+        ([str(model), "--method", "jacobian"], "was made with method attention, not jacobian"),
+        ([str(model), "--precision", "bf16"], "was made with precision float32, not bfloat16"),
+    ):
+        assert run([*command, *options]) == 1
+        assert told in capsys.readouterr().err
 
 
 def test_a_map_that_memory_does_not_hold_is_told_in_one_line(model, fasta, tmp_path, capsys, monkeypatch):

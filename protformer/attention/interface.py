@@ -26,7 +26,10 @@ class Attention(nn.Module, ABC):
     any_channel_order = False
     """Whether queries and keys matter only by their inner products, so that their channels may come in any order."""
     is_sharp = False
-    """Whether a softmax makes much of small differences between keys, so that rounding them to bf16 shows."""
+    """Whether queries pick few keys by an exact softmax, so that rounding queries and keys to bf16 shows.
+
+    Random features exponentiate too, but their own error is larger than that of rounding.
+    """
 
     @abstractmethod
     def forward(self, q: Heads, k: Heads, v: Heads, segments: Segments) -> Heads:

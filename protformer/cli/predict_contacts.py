@@ -53,7 +53,7 @@ from protformer.cli.options import (
     help="May be given several times.",
 )
 @click.option("--plot", is_flag=True, help="Also write a PNG of each map.")
-@click.option("--resume", is_flag=True, help="Keep the maps in --out, of an interrupted run of this model and method.")
+@click.option("--resume", is_flag=True, help="Keep the maps in --out of an interrupted run; refused if made otherwise.")
 @on_duplicate_option
 @batch_tokens_option
 @precision_option

@@ -3,7 +3,7 @@
 In: a model, and the chains of each map. Out: files (see `contact_writers`), each whole or not there.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from protformer.inference.contact_writers import (
     refuse_existing,
     write_contacts,
 )
-from protformer.inference.contacts import ContactMethod, predict_contacts
+from protformer.inference.contacts import ContactMethod, describe_contacts, predict_contacts
 from protformer.inference.session import InferenceSession
 
 
@@ -43,10 +43,11 @@ def write_maps(
 ) -> tuple[int, int]:
     """How many maps were written, and how many were there. Raises OutputError, or InterruptedRunError for Ctrl-C."""
     written = there = 0
+    provenance = describe_contacts(session, method=method)
     files.folder.mkdir(parents=True, exist_ok=True)
     try:
         for chains in tasks:
-            if _is_due(chains, files):
+            if _is_due(chains, files, provenance):
                 _write_map(session, chains, files, method, batch_tokens)
                 written += 1
             else:
@@ -81,9 +82,9 @@ def _write_map(
         ) from error
 
 
-def _is_due(chains: Sequence[SequenceRecord], files: MapFiles) -> bool:
+def _is_due(chains: Sequence[SequenceRecord], files: MapFiles, provenance: Mapping[str, object]) -> bool:
     paths = contact_paths([chain.id for chain in chains], files.folder, files.formats, files.plot)
     if not files.resume:
         refuse_existing(paths)
         return True
-    return not is_written(paths, [chain.sequence for chain in chains])
+    return not is_written(paths, [chain.sequence for chain in chains], provenance)

@@ -5,7 +5,8 @@ symmetric score for each pair of residues. None of it is fitted; a fitted contac
 O(map residue^2) for attention, O(residue^2 20^2) for the Jacobian.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ class ContactMap:
     sequence: str
     chain_lengths: tuple[int, ...]
     chain_ids: tuple[str, ...]
+    provenance: Mapping[str, object] = field(default_factory=dict)
+    """What made the map: model, method, precision; in terms of JSON."""
 
     def __post_init__(self) -> None:
         length = len(self.sequence)

@@ -7,11 +7,12 @@ million lines.
 
 import csv
 import hashlib
+import json
 import os
 import re
 import string
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,9 +40,9 @@ def write_contacts(
 ) -> list[Path]:
     """Write one map in each format, and as a figure if `plot`; the paths written.
 
-    npz: `contacts` (residue, residue) float32, `sequence`, `chain_lengths`, `chain_ids`; for two chains also
-    `inter_chain` (residue_a, residue_b). rr: CASP RR, all pairs by descending score. csv: all pairs by
-    position. Raises OutputError where a file exists already (unless `replace`), or the disk is full.
+    npz: `contacts` (residue, residue) float32, `sequence`, `chain_lengths`, `chain_ids`, `provenance` (JSON: what made
+    the map); for two chains also `inter_chain` (residue_a, residue_b). rr: CASP RR, all pairs by descending score.
+    csv: all pairs by position. Raises OutputError where a file exists already (unless `replace`), or the disk is full.
     """
     paths = contact_paths(contact_map.chain_ids, folder, formats, plot)
     if not replace:
@@ -73,22 +74,32 @@ def refuse_existing(paths: Sequence[Path]) -> None:
             raise OutputError(f"{path}: exists already; go on with --resume, choose another --out, or delete it")
 
 
-def is_written(paths: Sequence[Path], chains: Sequence[str]) -> bool:
-    """Whether all files of a map are there. Raises OutputError if the .npz among them is of other chains, or no map."""
+def is_written(paths: Sequence[Path], chains: Sequence[str], provenance: Mapping[str, object]) -> bool:
+    """Whether all files of a map are there.
+
+    Raises OutputError if the .npz among them is of other chains, or made otherwise, or no map.
+    """
     for path in paths:
-        if path.suffix == ".npz" and path.exists() and _chains_in(path) != list(chains):
-            raise OutputError(f"{path}: is of another sequence of that id; choose another --out, or delete it")
+        if path.suffix == ".npz" and path.exists():
+            _require_same(path, chains, provenance)
     return all(path.exists() for path in paths)
 
 
-def _chains_in(path: Path) -> list[str]:
-    """The sequences of the chains of a map."""
+def _require_same(path: Path, chains: Sequence[str], provenance: Mapping[str, object]) -> None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             sequence, ends = str(arrays["sequence"]), np.cumsum(arrays["chain_lengths"]).tolist()
+            found = json.loads(str(arrays["provenance"]))
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise OutputError(f"{path}: not a contact map, or damaged; choose another --out, or delete it") from error
-    return [sequence[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    if [sequence[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)] != list(chains):
+        raise OutputError(f"{path}: is of another sequence of that id; choose another --out, or delete it")
+    for name, value in provenance.items():
+        if name != "model" and found.get(name) != value:  # the name of a folder, which may change
+            raise OutputError(
+                f"{path}: was made with {name} {found.get(name)}, not {value}; resume with the same, or choose another"
+                " --out"
+            )
 
 
 def file_stem(chain_ids: Sequence[str]) -> str:
@@ -122,6 +133,7 @@ def _write_npz(contact_map: ContactMap, path: Path) -> None:
         "sequence": np.array(contact_map.sequence),
         "chain_lengths": np.array(contact_map.chain_lengths, dtype=np.int64),
         "chain_ids": np.array(contact_map.chain_ids),
+        "provenance": np.array(json.dumps(dict(contact_map.provenance))),
     }
     if len(contact_map.chain_lengths) == 2:
         border = contact_map.chain_lengths[0]

@@ -62,7 +62,13 @@ def predict_contacts(
         sequence="".join(chain.sequence for chain in chains),
         chain_lengths=tuple(len(chain) for chain in chains),
         chain_ids=tuple(chain.id for chain in chains),
+        provenance=describe_contacts(session, method=method),
     )
+
+
+def describe_contacts(session: InferenceSession, *, method: ContactMethod) -> dict[str, object]:
+    """What contact maps say about how they were made."""
+    return session.provenance | {"method": method, "precision": str(session.dtype).removeprefix("torch.")}
 
 
 def only_named(ids: tuple[str, ...], records: Iterable[SequenceRecord]) -> list[SequenceRecord]:

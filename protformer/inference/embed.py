@@ -27,8 +27,10 @@ Per = Literal["protein", "residue", "both"]
 
 
 BATCHES_AT_ONCE = 4
-"""At the most, on CPUs, of as many threads: two threads embed 8 % (float32) to 16 % (bf16) more residues a second
-with a batch each than when they share every operation of one batch."""
+"""On a CPU, at the most: each has a thread, or an equal share of more threads than that.
+
+Two threads with a batch each embed 8 % (float32) to 16 % (bf16) more residues a second than two that share every
+operation of one batch. More than two are not measured; each batch more holds memory of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,18 +143,6 @@ def _window_starts(length: int, limit: LengthLimit) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def _merge_windows(
-    windows: list[Float[Tensor, "_ channel"]], length: int, limit: LengthLimit
-) -> Float[Tensor, "residue channel"]:
-    """The mean over the windows that hold a residue."""
-    total = windows[0].new_zeros(length, windows[0].shape[1])
-    count = windows[0].new_zeros(length, 1)
-    for start, window in zip(_window_starts(length, limit), windows, strict=True):
-        total[start : start + len(window)] += window
-        count[start : start + len(window)] += 1
-    return total / count
-
-
 def _states_of_pieces(
     session: InferenceSession, pieces: list[SequenceRecord], layer: int, batch_tokens: int
 ) -> dict[int, Float[Tensor, "_ channel"]]:
@@ -176,7 +166,8 @@ def _states_of_pieces(
 
     hidden = work_off(iter(long))
     workers = max(1, min(num_threads(device), BATCHES_AT_ONCE, len(others)))
-    for found in in_threads([partial(work_off, iter(others))] * workers, level="batches"):
+    pending = iter(others)  # of one list, whose iterator gives no batch to two threads
+    for found in in_threads([partial(work_off, pending)] * workers, level="batches"):
         hidden |= found
     return hidden
 
@@ -186,6 +177,18 @@ def _hidden_states(encoder: Encoder, batch: InferenceBatch, layer: int) -> dict[
     hidden = encoder(batch.tokens, batch.segments, num_layers=layer).hidden.float().cpu()
     places = zip(batch.order, batch.records, batch.first_residues, strict=True)
     return {place: hidden[row, first : first + len(record)].clone() for place, record, (row, first) in places}
+
+
+def _merge_windows(
+    windows: list[Float[Tensor, "_ channel"]], length: int, limit: LengthLimit
+) -> Float[Tensor, "residue channel"]:
+    """The mean over the windows that hold a residue."""
+    total = windows[0].new_zeros(length, windows[0].shape[1])
+    count = windows[0].new_zeros(length, 1)
+    for start, window in zip(_window_starts(length, limit), windows, strict=True):
+        total[start : start + len(window)] += window
+        count[start : start + len(window)] += 1
+    return total / count
 
 
 def _is_truncated(record: SequenceRecord, limit: LengthLimit) -> bool:

@@ -42,7 +42,7 @@ def score_masked_lm(
         max_tokens=batch_tokens,
         device=session.device,
     )
-    with session.autocast():
+    with session.autocast(), torch.inference_mode():
         scores = evaluate_masked_lm(
             session.model,
             batches,

@@ -26,7 +26,7 @@ class InferenceSession:
     description: ModelDescription
     device: torch.device
     dtype: torch.dtype
-    """Of matrix products; float32 unless bf16 was asked for or the device is a GPU."""
+    """Of most matrix products (see `Block` on the others); float32 unless bf16 was asked for or it is a GPU."""
     provenance: dict[str, object]
     """What made the results: name of the model, hash of its weights, version of the program."""
 
