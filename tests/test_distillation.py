@@ -154,4 +154,9 @@ def test_a_head_that_was_never_trained_stays_one_under_distillation(fasta, initi
     assert run(fine_tune(fasta, tmp_path / "run", tmp_path / "headless", *options)) == 0
     told = capsys.readouterr().out
     assert ("perplexity is left out" in told, "unigram baseline" in told) == (distills, not distills)
+    (measured,) = [
+        row["val_perplexity"] for row in csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines())
+    ]
+    assert bool(measured) is not distills
+    assert (tmp_path / "run" / "curves.png").exists() is not distills
     assert read_description(tmp_path / "run").has_lm_head is not distills

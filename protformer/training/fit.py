@@ -217,13 +217,12 @@ def _build_callbacks(
         max_seconds=None if training.max_time is None else parse_duration(training.max_time, "training.max_time"),
     )
     nonfinite = NonFiniteSteps(checkpointing, max_in_a_row=training.max_skipped_steps)
-    frequencies = torch.tensor(describe(0, 0).unigram_frequencies, dtype=torch.float64)
     metrics = MetricsLog(
         run,
         log_every_steps=training.log_every_steps,
         validate_every_steps=training.validate_every_steps,
         gradients=nonfinite,
-        validate=partial(validate, datamodule, frequencies, stop),
+        validate=partial(validate, datamodule, describe(0, 0), stop),
         redraw_curves=partial(draw_curves, run),
         sinks=open_metric_sinks(config, run, asdict(config)),
     )

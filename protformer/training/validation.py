@@ -12,6 +12,7 @@ import torch
 
 from protformer.errors import InputError
 from protformer.evaluation.masked_lm import MaskedLmScores, score_units, summarize_units
+from protformer.model_description import ModelDescription
 from protformer.training.callbacks import StopRequest
 from protformer.training.datamodule import ProteinDataModule
 from protformer.training.masked_lm import MaskedLmTask
@@ -21,14 +22,20 @@ from protformer.training.ranks import gather_over_ranks, whole_windows
 
 def validate(
     datamodule: ProteinDataModule,
-    frequencies: torch.Tensor,
+    description: ModelDescription,
     stop: StopRequest,
     trainer: pl.Trainer,
     task: MaskedLmTask,
     may_give_up: bool,
 ) -> dict[str, MaskedLmScores] | None:
-    """Scores of each set; None if the run is to stop, which may not wait for minutes of validation."""
+    """Scores of each set; None if the run is to stop, which may not wait for minutes of validation.
+
+    A model without a trained masked-LM head, as in distillation of weights that came without one, is not scored.
+    """
     scores: dict[str, MaskedLmScores] = {}
+    if not description.has_lm_head:
+        return scores
+    frequencies = torch.tensor(description.unigram_frequencies, dtype=torch.float64)
     gives_up = may_give_up and trainer.world_size == 1
     task.model.eval()
     with whole_windows(task.model), trainer.strategy.precision_plugin.forward_context():
