@@ -274,6 +274,20 @@ def test_a_map_is_there_when_all_its_files_are(tmp_path):
         is_written(paths, ["MKVLV"], {})
     assert write_contacts(chosen, tmp_path, FORMATS, plot=True, replace=True) == paths
     assert is_written(paths, ["MKVLA"], {})
-    next(path for path in paths if path.suffix == ".npz").write_bytes(b"PK damaged")
+    npz = next(path for path in paths if path.suffix == ".npz")
+    write_contacts(chosen, tmp_path, ["npz"], replace=True)
+    assert not is_written(paths, ["MKVLA"], {})  # the others are of another time, perhaps of another model
+    assert is_written([npz], ["MKVLA"], {})
+    with pytest.raises(OutputError, match="was made by model None with method None, not jacobian"):
+        is_written(paths, ["MKVLA"], {"method": "jacobian"})
+    arrays = read_npz(npz)
+    for provenance in ("[1]", "{", None):
+        changed = arrays | {"provenance": np.array(provenance or "")}
+        if provenance is None:
+            del changed["provenance"]
+        np.savez(npz, **changed)
+        with pytest.raises(OutputError, match="not a contact map, or damaged"):
+            is_written(paths, ["MKVLA"], {})
+    npz.write_bytes(b"PK damaged")
     with pytest.raises(OutputError, match="not a contact map, or damaged"):
         is_written(paths, ["MKVLA"], {})

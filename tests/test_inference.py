@@ -1,5 +1,6 @@
 """Embeddings and contacts are of whole proteins, independent of company, and in the order of the input."""
 
+import itertools
 import json
 import shutil
 import threading
@@ -146,11 +147,12 @@ def test_batches_at_once_share_their_heads_among_the_threads_of_each(session, fa
 
 
 def test_an_error_in_one_batch_ends_the_others_and_reaches_the_caller(session, fasta):
-    records, taken = list(read_fasta(fasta)) * 20, []
+    records, taken, numbers = list(read_fasta(fasta)) * 20, [], itertools.count()
 
     def fail_at_third(*_):
-        taken.append(True)
-        if len(taken) >= 3:  # two threads may come here at once
+        number = next(numbers)  # each is given to one thread alone
+        taken.append(number)
+        if number == 2:
             raise MemoryError("no room")
 
     hook = session.model.encoder.register_forward_pre_hook(fail_at_third)
@@ -448,9 +450,9 @@ def test_contact_maps_that_were_made_otherwise_are_not_kept(model, fasta, tmp_pa
     assert run([*command, str(moved)]) == 0
     capsys.readouterr()
     for options, told in (
-        ([str(other)], "was made with weights_sha256 "),
-        ([str(model), "--method", "jacobian"], "was made with method attention, not jacobian"),
-        ([str(model), "--precision", "bf16"], "was made with precision float32, not bfloat16"),
+        ([str(other)], "was made by model favor with weights_sha256 "),
+        ([str(model), "--method", "jacobian"], "with method attention, not jacobian"),
+        ([str(model), "--precision", "bf16"], "with precision float32, not bfloat16"),
     ):
         assert run([*command, *options]) == 1
         assert told in capsys.readouterr().err

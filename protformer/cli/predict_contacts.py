@@ -53,7 +53,7 @@ from protformer.cli.options import (
     help="May be given several times.",
 )
 @click.option("--plot", is_flag=True, help="Also write a PNG of each map.")
-@click.option("--resume", is_flag=True, help="Keep the maps in --out of an interrupted run; refused if made otherwise.")
+@click.option("--resume", is_flag=True, help="Keep the .npz maps in --out; refused if made otherwise.")
 @on_duplicate_option
 @batch_tokens_option
 @precision_option
@@ -87,7 +87,7 @@ def command(
     if pairs is not None and ids:
         raise click.UsageError("--pairs and --ids exclude each other: pairs name their proteins")
     if resume and "npz" not in formats:
-        raise click.UsageError("--resume needs --format npz, the one that tells which sequence a map is of")
+        raise click.UsageError("--resume needs --format npz, which tells what a map was made of")
     check_model_and_proteins(model_path, fasta if pairs is None and not ids else None)
     from protformer.cli.progress import StderrConsole, count_progress
     from protformer.corpus.fasta import FastaReport, SequenceRecord

@@ -6,6 +6,7 @@ million lines.
 """
 
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -41,12 +42,15 @@ def write_contacts(
     """Write one map in each format, and as a figure if `plot`; the paths written.
 
     npz: `contacts` (residue, residue) float32, `sequence`, `chain_lengths`, `chain_ids`, `provenance` (JSON: what made
-    the map); for two chains also `inter_chain` (residue_a, residue_b). rr: CASP RR, all pairs by descending score.
-    csv: all pairs by position. Raises OutputError where a file exists already (unless `replace`), or the disk is full.
+    the map, and the files written with it); for two chains also `inter_chain` (residue_a, residue_b). rr: CASP RR, all
+    pairs by descending score. csv: all pairs by position. Raises OutputError where a file exists already (unless
+    `replace`), or the disk is full.
     """
     paths = contact_paths(contact_map.chain_ids, folder, formats, plot)
     if not replace:
         refuse_existing(paths)
+    names = [path.suffix.removeprefix(".") for path in paths]
+    contact_map = dataclasses.replace(contact_map, provenance={**contact_map.provenance, "files": names})
     for path in paths:
         partial = path.with_name(path.name + ".partial")
         try:
@@ -75,31 +79,35 @@ def refuse_existing(paths: Sequence[Path]) -> None:
 
 
 def is_written(paths: Sequence[Path], chains: Sequence[str], provenance: Mapping[str, object]) -> bool:
-    """Whether all files of a map are there.
+    """Whether all files of a map are there, and were written with its .npz.
 
     Raises OutputError if the .npz among them is of other chains, or made otherwise, or no map.
     """
+    written_with: list[str] = []
     for path in paths:
         if path.suffix == ".npz" and path.exists():
-            _require_same(path, chains, provenance)
-    return all(path.exists() for path in paths)
+            written_with = _files_of_same(path, chains, provenance)
+    return all(path.exists() and path.suffix.removeprefix(".") in written_with for path in paths)
 
 
-def _require_same(path: Path, chains: Sequence[str], provenance: Mapping[str, object]) -> None:
+def _files_of_same(path: Path, chains: Sequence[str], provenance: Mapping[str, object]) -> list[str]:
+    """The kinds of files that were written with a .npz. Raises OutputError if that is not the map that is asked for."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             sequence, ends = str(arrays["sequence"]), np.cumsum(arrays["chain_lengths"]).tolist()
-            found = json.loads(str(arrays["provenance"]))
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+            found = dict(json.loads(str(arrays["provenance"])))
+        files = [str(name) for name in found["files"]]
+    except (KeyError, ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
         raise OutputError(f"{path}: not a contact map, or damaged; choose another --out, or delete it") from error
     if [sequence[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)] != list(chains):
         raise OutputError(f"{path}: is of another sequence of that id; choose another --out, or delete it")
     for name, value in provenance.items():
         if name != "model" and found.get(name) != value:  # the name of a folder, which may change
             raise OutputError(
-                f"{path}: was made with {name} {found.get(name)}, not {value}; resume with the same, or choose another"
-                " --out"
+                f"{path}: was made by model {found.get('model')} with {name} {found.get(name)}, not {value};"
+                " resume with the same, choose another --out, or delete it"
             )
+    return files
 
 
 def file_stem(chain_ids: Sequence[str]) -> str:

@@ -30,7 +30,8 @@ def validate(
 ) -> dict[str, MaskedLmScores] | None:
     """Scores of each set; None if the run is to stop, which may not wait for minutes of validation.
 
-    A model without a trained masked-LM head, as in distillation of weights that came without one, is not scored.
+    A model without a trained masked-LM head, as in distillation of weights that came without one, is not scored:
+    what the head gives tells nothing, a loss that is not finite included.
     """
     scores: dict[str, MaskedLmScores] = {}
     if not description.has_lm_head:
