@@ -27,7 +27,7 @@ Per = Literal["protein", "residue", "both"]
 
 
 BATCHES_AT_ONCE = 4
-"""On a CPU, at the most: each has a thread, or an equal share of more threads than that.
+"""On a CPU, at the most: each has a thread, or a share of more threads than that.
 
 Two threads with a batch each embed 8 % (float32) to 16 % (bf16) more residues a second than two that share every
 operation of one batch. More than two are not measured; each batch more holds memory of its own."""
