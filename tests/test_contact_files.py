@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from strategies import record_ids
 
 from protformer.errors import OutputError
+from protformer.inference import contact_writers
 from protformer.inference.contact_scores import ContactMap
 from protformer.inference.contact_writers import contact_paths, file_stem, is_written, refuse_existing, write_contacts
 
@@ -259,6 +260,16 @@ def test_a_pair_is_told_from_one_protein_whose_id_looks_like_a_pair():
     assert file_stem(["a", "b"]) == "a__b"
     assert file_stem(["a__b"]) != "a__b"
     assert file_stem(["a_", "b"]) != file_stem(["a", "_b"])
+
+
+def test_a_write_that_is_cut_short_leaves_no_npz_to_vouch_for_the_rest(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space")
+
+    monkeypatch.setitem(contact_writers._WRITERS, "png", full)
+    with pytest.raises(OutputError, match="no space"):
+        write_contacts(contact_map("MKVLA"), tmp_path, ["npz", "rr"], plot=True)
+    assert entries(tmp_path) == ["a.rr"]
 
 
 def test_a_map_is_there_when_all_its_files_are(tmp_path):

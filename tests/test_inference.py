@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import threading
+import time
 from functools import partial
 
 import h5py
@@ -154,6 +155,8 @@ def test_an_error_in_one_batch_ends_the_others_and_reaches_the_caller(session, f
         taken.append(number)
         if number == 2:
             raise MemoryError("no room")
+        if number > 2:
+            time.sleep(0.2)  # the one that failed has time to end the others
 
     hook = session.model.encoder.register_forward_pre_hook(fail_at_third)
     before = torch.get_num_threads()
@@ -164,7 +167,7 @@ def test_an_error_in_one_batch_ends_the_others_and_reaches_the_caller(session, f
     finally:
         torch.set_num_threads(before)
         hook.remove()
-    assert len(taken) < 30  # of 36; the other thread may have begun some meanwhile
+    assert len(taken) < 10  # of 36; the other thread may have been at one already
 
 
 def test_proteins_that_exceed_a_batch_have_all_threads_for_themselves(session, fasta):

@@ -51,7 +51,7 @@ def write_contacts(
         refuse_existing(paths)
     names = [path.suffix.removeprefix(".") for path in paths]
     contact_map = dataclasses.replace(contact_map, provenance={**contact_map.provenance, "files": names})
-    for path in paths:
+    for path in sorted(paths, key=lambda path: path.suffix == ".npz"):  # the last, as it vouches for the others
         partial = path.with_name(path.name + ".partial")
         try:
             _WRITERS[path.name.rpartition(".")[2]](contact_map, partial)

@@ -278,7 +278,7 @@ class Block(nn.Module):
         """Sharp attention and its projections are in float32 in bf16 inference on CPUs.
 
         Embeddings of ESM-2 8M are then 2.5 times closer to those in float32, for 2 to 5 % of the speed; with 640 and
-        1,280 channels, where projections are more of the work, for 15 and 21 % (Zen 4, proteins of 100 to 1,000).
+        1,280 channels, where projections are more of the work, for 15 and 21 % (Zen 4, proteins of up to 1,000).
         """
         if torch.compiler.is_compiling() or not (
             self.attention.is_sharp
