@@ -141,21 +141,31 @@ def test_describe_knows_every_kind_of_file_that_protformer_makes(capsys, model, 
     for suffix in ("h5", "npy", "parquet", "pt"):
         out = str(tmp_path / f"e.{suffix}")
         assert run(["embed", "--model", str(model), "--fasta", str(fasta), "--out", out, "--quiet"]) == 0
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("p2\tp1\n")
+    command = ["predict-contacts", "--model", model, "--fasta", fasta, "--pairs", pairs, "--out", tmp_path, "--format"]
+    assert run([str(word) for word in (*command, "npz", "--format", "rr", "--quiet")]) == 0
     capsys.readouterr()
     kinds = {}
-    for path in (tmp_path / "store", model, *(tmp_path / f"e.{s}" for s in ("h5", "npy", "parquet", "pt"))):
+    files = (*(f"e.{suffix}" for suffix in ("h5", "npy", "parquet", "pt")), "p2__p1.npz")
+    for path in (tmp_path / "store", model, *(tmp_path / name for name in files)):
         assert run(["describe", str(path), "--json"]) == 0
         facts = json.loads(capsys.readouterr().out)
         kinds[facts["kind"]] = facts
     assert set(kinds) == {
         "token store", "model", "embeddings (h5)", "embeddings (npy)", "embeddings (parquet)", "embeddings (pt)",
+        "contact map",
     }  # fmt: skip
+    contacts = kinds["contact map"]
+    assert (contacts["residues"], contacts["chain_ids"], contacts["chain_lengths"]) == (180, ["p2", "p1"], [90, 90])
+    assert (contacts["method"], contacts["written_with"]) == ("attention", ["npz", "rr"])
+    assert contacts["weights_sha256"] == kinds["embeddings (h5)"]["model"]["weights_sha256"]
     assert kinds["token store"]["residues"] == 360
     assert kinds["embeddings (h5)"]["proteins"] == 4
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\x89HDF\r\n"])
-@pytest.mark.parametrize("suffix", ["h5", "npy", "parquet", "pt", "txt"])
+@pytest.mark.parametrize("suffix", ["h5", "npy", "npz", "parquet", "pt", "txt"])
 def test_describe_refuses_what_it_does_not_know(capsys, tmp_path, suffix, content):
     path = tmp_path / f"e.{suffix}"
     path.write_bytes(content)
@@ -169,6 +179,14 @@ def test_contacts_can_be_limited_to_some_proteins(capsys, model, fasta, tmp_path
     assert sorted(path.name for path in out.iterdir()) == ["p1.npz", "p2.npz"]
     capsys.readouterr()
     assert "'p9'" in error_line(capsys, [*command, "--out", tmp_path / "d", "--ids", "p9"])
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_contacts_need_a_folder(capsys, model, fasta, tmp_path, out):
+    (tmp_path / "file").write_text("mine")
+    command = ["predict-contacts", "--model", model, "--fasta", fasta, "--out", tmp_path / out, "--quiet"]
+    assert f"{out}: is a file, or below one; choose another --out" in error_line(capsys, command)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_protein_that_is_not_there_leaves_no_folder(capsys, model, fasta, tmp_path):

@@ -1,4 +1,4 @@
-"""`protformer describe`: what a token store, split, model, run or embedding file holds."""
+"""`protformer describe`: what a token store, split, model, run, embedding file or contact map holds."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ _LEAST_WIDTH = 26
 @click.argument("path", type=FilePath)
 @json_option
 def command(path: Path, as_json: bool) -> None:
-    """Say what PATH holds: a token store, a split, a model folder, a run, or an embedding file."""
+    """Say what PATH holds: a token store, split, model folder or run, an embedding file, or a contact map (.npz)."""
     import json
 
     from protformer.inference.describe import describe

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from protformer.corpus.fasta import SequenceRecord
 from protformer.device import is_out_of_memory, memory_refused_in_time
-from protformer.errors import InputError, InterruptedRunError
+from protformer.errors import InputError, InterruptedRunError, OutputError
 from protformer.inference.contact_writers import (
     ContactFormat,
     contact_paths,
@@ -44,7 +44,10 @@ def write_maps(
     """How many maps were written, and how many were there. Raises OutputError, or InterruptedRunError for Ctrl-C."""
     written = there = 0
     provenance = describe_contacts(session, method=method)
-    files.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        files.folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OutputError(f"{files.folder}: is a file, or below one; choose another --out") from error
     try:
         for chains in tasks:
             if _is_due(chains, files, provenance):

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import string
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +19,10 @@ from typing import Any, Literal
 import numpy as np
 
 from protformer import __version__
-from protformer.errors import OutputError
+from protformer.errors import InputError, OutputError
 from protformer.evaluation.figures import plot_contact_map
 from protformer.inference.contact_scores import ContactMap
+from protformer.inference.written_map import read_written_map
 
 ContactFormat = Literal["npz", "rr", "csv"]
 
@@ -83,31 +83,28 @@ def is_written(paths: Sequence[Path], chains: Sequence[str], provenance: Mapping
 
     Raises OutputError if the .npz among them is of other chains, or made otherwise, or no map.
     """
-    written_with: list[str] = []
+    written_with: tuple[str, ...] = ()
     for path in paths:
         if path.suffix == ".npz" and path.exists():
             written_with = _files_of_same(path, chains, provenance)
     return all(path.exists() and path.suffix.removeprefix(".") in written_with for path in paths)
 
 
-def _files_of_same(path: Path, chains: Sequence[str], provenance: Mapping[str, object]) -> list[str]:
+def _files_of_same(path: Path, chains: Sequence[str], provenance: Mapping[str, object]) -> tuple[str, ...]:
     """The kinds of files that were written with a .npz. Raises OutputError if that is not the map that is asked for."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            sequence, ends = str(arrays["sequence"]), np.cumsum(arrays["chain_lengths"]).tolist()
-            found = dict(json.loads(str(arrays["provenance"])))
-        files = [str(name) for name in found["files"]]
-    except (KeyError, ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
-        raise OutputError(f"{path}: not a contact map, or damaged; choose another --out, or delete it") from error
-    if [sequence[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)] != list(chains):
+        found = read_written_map(path)
+    except InputError as error:
+        raise OutputError(f"{error}; choose another --out, or delete it") from error
+    if found.chains != tuple(chains):
         raise OutputError(f"{path}: is of another sequence of that id; choose another --out, or delete it")
     for name, value in provenance.items():
-        if name != "model" and found.get(name) != value:  # the name of a folder, which may change
+        if name != "model" and found.provenance.get(name) != value:  # the name of a folder, which may change
             raise OutputError(
-                f"{path}: was made by model {found.get('model')} with {name} {found.get(name)}, not {value};"
-                " resume with the same, choose another --out, or delete it"
+                f"{path}: was made by model {found.provenance.get('model')} with {name}"
+                f" {found.provenance.get(name)}, not {value}; resume with the same, choose another --out, or delete it"
             )
-    return files
+    return found.files
 
 
 def file_stem(chain_ids: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from protformer.corpus.split_manifest import SPLIT_FILE, read_split_manifest
 from protformer.corpus.token_store import MANIFEST_FILE, TokenStore
 from protformer.errors import InputError
 from protformer.inference.embedding_writers import SUFFIXES
+from protformer.inference.written_map import read_written_map
 from protformer.model_description import CONFIG_FILE, read_description
 from protformer.run_status import is_running, read_status
 
@@ -39,9 +40,11 @@ def describe(path: Path) -> Facts:
             return _describe_model(path)
     elif path.suffix in SUFFIXES:
         return {"kind": f"embeddings ({path.suffix[1:]})"} | _EMBEDDING_FILES[path.suffix](path)
+    elif path.suffix == ".npz":
+        return _describe_map(path)
     raise InputError(
-        f"{path}: neither a token store, a split, a model folder, a run folder, nor an embedding file"
-        f" ({', '.join(SUFFIXES)})"
+        f"{path}: neither a token store, a split, a model folder, a run folder, an embedding file"
+        f" ({', '.join(SUFFIXES)}), nor a contact map (.npz)"
     )
 
 
@@ -208,6 +211,18 @@ def _describe_pt(path: Path) -> Facts:
 
     content = load_tensors(path)
     return {name: _plain(value) for name, value in content.items() if isinstance(value, str | int | float)}
+
+
+def _describe_map(path: Path) -> Facts:
+    written = read_written_map(path)
+    lengths = list(map(len, written.chains))
+    facts: Facts = {
+        "kind": "contact map",
+        "residues": sum(lengths),
+        "chain_ids": list(written.chain_ids),
+        "chain_lengths": lengths,
+    }
+    return facts | dict(written.provenance) | {"written_with": list(written.files)}
 
 
 def _plain(value: object) -> object:
