@@ -5,7 +5,6 @@ generated `README.md`. No pickle is read here. Weights that do not fit their des
 """
 
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -27,6 +26,7 @@ from protformer.model_description import (
     find_model_folder,
     read_description,
 )
+from protformer.unreadable import UNREADABLE, reason
 from protformer.whole_file import write_whole
 
 
@@ -79,10 +79,8 @@ def load_tensors(path: Path) -> dict[str, object]:
     """What `save_tensors` wrote."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"{path}: not a readable .pt file of tensors ({' '.join(str(error).split())[:200]})"
-        ) from error
+    except UNREADABLE as error:
+        raise InputError(f"{path}: not a readable .pt file of tensors ({reason(error)})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no mapping of names to tensors")
     return content

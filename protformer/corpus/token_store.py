@@ -13,6 +13,7 @@ One byte a residue and 8 a protein (16 and the id with ids). `store_build` makes
 leaves the memory to the system's page cache.
 """
 
+import tokenize
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -129,7 +130,7 @@ def _map_offsets(file: Path) -> NDArray[np.int64]:
     try:
         with readable(file):
             offsets = np.load(file, mmap_mode="r")
-    except (ValueError, EOFError) as error:
+    except (EOFError, ValueError, tokenize.TokenError) as error:
         raise InputError(f"{describe_source(file)}: damaged token store: not an array; prepare it again") from error
     if offsets.dtype != np.dtype("<i8") or offsets.ndim != 1 or len(offsets) == 0:
         raise InputError(f"{describe_source(file)}: damaged token store: not offsets of proteins; prepare it again")

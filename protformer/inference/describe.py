@@ -21,6 +21,7 @@ from protformer.inference.embedding_writers import SUFFIXES
 from protformer.inference.written_map import read_written_map
 from protformer.model_description import CONFIG_FILE, read_description
 from protformer.run_status import is_running, read_status
+from protformer.unreadable import UNREADABLE, reason
 
 Facts = dict[str, object]
 
@@ -29,23 +30,28 @@ def describe(path: Path) -> Facts:
     """The facts about `path`. Raises InputError if it is nothing that protformer makes."""
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    if path.is_dir():
-        if (path / MANIFEST_FILE).is_file():
-            return _describe_store(path)
-        if (path / SPLIT_FILE).is_file():
-            return _describe_split(path)
-        if (path / "config.yaml").is_file() and (path / "stores.json").is_file():
-            return _describe_run(path)
-        if (path / CONFIG_FILE).is_file():
-            return _describe_model(path)
-    elif path.suffix in SUFFIXES:
-        return {"kind": f"embeddings ({path.suffix[1:]})"} | _EMBEDDING_FILES[path.suffix](path)
-    elif path.suffix == ".npz":
-        return _describe_map(path)
-    raise InputError(
-        f"{path}: neither a token store, a split, a model folder, a run folder, an embedding file"
-        f" ({', '.join(SUFFIXES)}), nor a contact map (.npz)"
-    )
+    read = _reader(path)
+    if read is None:
+        raise InputError(
+            f"{path}: neither a token store, a split, a model folder, a run folder, an embedding file"
+            f" ({', '.join(SUFFIXES)}), nor a contact map (.npz)"
+        )
+    try:
+        return read(path)
+    except UNREADABLE as error:
+        raise InputError(f"{path}: damaged, or not written by protformer ({reason(error)})") from error
+
+
+def _reader(path: Path) -> Callable[[Path], Facts] | None:
+    if not path.is_dir():
+        return _FILES.get(path.suffix)
+    if (path / MANIFEST_FILE).is_file():
+        return _describe_store
+    if (path / SPLIT_FILE).is_file():
+        return _describe_split
+    if (path / "config.yaml").is_file() and (path / "stores.json").is_file():
+        return _describe_run
+    return _describe_model if (path / CONFIG_FILE).is_file() else None
 
 
 def _describe_store(path: Path) -> Facts:
@@ -107,7 +113,7 @@ def _describe_run(path: Path) -> Facts:
     facts: Facts = {"kind": "run"} | _describe_progress(path)
     latest: dict[str, str] = {}
     for row in _rows(path / "metrics.csv"):
-        latest |= {name: value for name, value in row.items() if value}
+        latest |= {name: value for name, value in row.items() if name and value}  # no name: more cells than columns
     facts |= {f"latest_{name}": _short_number(value) for name, value in latest.items()}
     if latest:
         places = int(latest["step"]) * load_run_config(str(path / "config.yaml")).training.tokens_per_step
@@ -165,27 +171,25 @@ def _short_number(text: str) -> object:
         return text
 
 
+def _embeddings(path: Path) -> Facts:
+    return {"kind": f"embeddings ({path.suffix[1:]})"}
+
+
 def _describe_h5(path: Path) -> Facts:
     import h5py
 
     from protformer.inference.hdf5_embeddings import INDEX_GROUP
 
-    try:
-        with h5py.File(path, "r") as file:
-            facts: Facts = {name: _plain(value) for name, value in file.attrs.items()}
-            if INDEX_GROUP in file:
-                facts["proteins"] = len(file[INDEX_GROUP]["id"])
-    except OSError as error:
-        raise InputError(f"{path}: not a readable HDF5 file ({error})") from error
+    with h5py.File(path, "r") as file:
+        facts = _embeddings(path) | {name: _plain(value) for name, value in file.attrs.items()}
+        if INDEX_GROUP in file:
+            facts["proteins"] = len(file[INDEX_GROUP]["id"])
     return facts
 
 
 def _describe_npy(path: Path) -> Facts:
-    try:
-        matrix = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a readable .npy file ({error})") from error
-    return {"rows": matrix.shape[0], "features": matrix.shape[-1], "dtype": str(matrix.dtype)}
+    matrix = np.load(path, mmap_mode="r", allow_pickle=False)
+    return _embeddings(path) | {"rows": matrix.shape[0], "features": matrix.shape[-1], "dtype": str(matrix.dtype)}
 
 
 def _describe_parquet(path: Path) -> Facts:
@@ -193,14 +197,11 @@ def _describe_parquet(path: Path) -> Facts:
         import pyarrow.parquet
     except ImportError as error:
         raise InputError(f"{path}: reading Parquet needs pyarrow: pip install 'protformer[parquet]'") from error
-    try:
-        metadata = pyarrow.parquet.read_metadata(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file ({error})") from error
+    metadata = pyarrow.parquet.read_metadata(path)
     own = {
         key.decode(): value.decode() for key, value in (metadata.metadata or {}).items() if not key.startswith(b"ARROW")
     }
-    facts: Facts = {"proteins": metadata.num_rows}
+    facts = _embeddings(path) | {"proteins": metadata.num_rows}
     for name, value in own.items():
         facts |= json.loads(value) if value.startswith("{") else {name: value}
     return facts
@@ -210,7 +211,8 @@ def _describe_pt(path: Path) -> Facts:
     from protformer.checkpoint import load_tensors
 
     content = load_tensors(path)
-    return {name: _plain(value) for name, value in content.items() if isinstance(value, str | int | float)}
+    told = {name: _plain(value) for name, value in content.items() if isinstance(value, str | int | float)}
+    return _embeddings(path) | told
 
 
 def _describe_map(path: Path) -> Facts:
@@ -236,9 +238,10 @@ def _plain(value: object) -> object:
     return value
 
 
-_EMBEDDING_FILES: dict[str, Callable[[Path], Facts]] = {
+_FILES: dict[str, Callable[[Path], Facts]] = {
     ".h5": _describe_h5,
     ".npy": _describe_npy,
     ".parquet": _describe_parquet,
     ".pt": _describe_pt,
+    ".npz": _describe_map,
 }
