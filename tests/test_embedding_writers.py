@@ -293,6 +293,19 @@ def test_a_damaged_file_is_not_resumed(tmp_path, name):
         open_writer(tmp_path / "x.h5", resume=True)
 
 
+@pytest.mark.parametrize("damaged", [b'{"name"', b"sequence_hash"], ids=["attribute", "index"])
+def test_a_file_with_damage_inside_is_left_as_it_is(tmp_path, damaged):
+    path = tmp_path / "x.h5"
+    write_all(path)
+    content = path.read_bytes()
+    assert damaged in content
+    path.write_bytes(content.replace(damaged, damaged[::-1]))
+    with pytest.raises(OutputError, match=r"x\.h5: (damaged|begun by an earlier version).*start anew"):
+        open_writer(path, resume=True)
+    assert path.read_bytes() == content.replace(damaged, damaged[::-1])
+    assert [path.name for path in tmp_path.iterdir()] == ["x.h5"]
+
+
 def test_another_programs_h5_is_not_resumed(tmp_path):
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["P12345"] = np.zeros(3)

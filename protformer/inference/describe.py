@@ -16,7 +16,7 @@ import numpy as np
 from protformer.config import load_run_config
 from protformer.corpus.split_manifest import SPLIT_FILE, read_split_manifest
 from protformer.corpus.token_store import MANIFEST_FILE, TokenStore
-from protformer.errors import InputError
+from protformer.errors import ConfigError, InputError
 from protformer.inference.embedding_writers import SUFFIXES
 from protformer.inference.written_map import read_written_map
 from protformer.model_description import CONFIG_FILE, read_description
@@ -24,6 +24,8 @@ from protformer.run_status import is_running, read_status
 from protformer.unreadable import UNREADABLE, reason
 
 Facts = dict[str, object]
+
+_DAMAGE: tuple[type[Exception], ...] = (*UNREADABLE, ConfigError)
 
 
 def describe(path: Path) -> Facts:
@@ -38,7 +40,7 @@ def describe(path: Path) -> Facts:
         )
     try:
         return read(path)
-    except UNREADABLE as error:
+    except _DAMAGE as error:
         raise InputError(f"{path}: damaged, or not written by protformer ({reason(error)})") from error
 
 

@@ -32,6 +32,7 @@ from protformer.inference.embedding_record import (
     partial_path,
 )
 from protformer.inference.journaled_file import JournaledFile, journal_path, roll_back
+from protformer.unreadable import UNREADABLE, reason
 
 INDEX_GROUP = "%index"
 """No escaped id has this name: there, `%` is always followed by two hexadecimal digits."""
@@ -77,12 +78,14 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
         self._uncommitted: list[EmbeddingRecord] = []
         self._uncommitted_bytes = 0
         self._num_committed = 0
+        self._done: dict[str, int] = {}
+        """The ids that a resumed file holds, with the hashes of their sequences."""
         fresh = not (resume and self._prepare_resume())
         if fresh:
             self._partial.unlink(missing_ok=True)
         try:
             self._open(fresh)
-        except OSError as error:
+        except UNREADABLE as error:
             if fresh:
                 self._remove()
             raise OutputError(f"{self._path}: cannot begin the file: {error}") from error
@@ -174,10 +177,8 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
         try:
             if fresh:
                 self._create_layout()
-            index = self._file[INDEX_GROUP]
-            self._done = dict(zip(index["id"].asstr()[:].tolist(), index["sequence_hash"][:].tolist(), strict=True))
             self._commit()
-        except OSError:
+        except UNREADABLE:
             self._close_after_failure()
             raise
 
@@ -211,26 +212,30 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
                 f"both {self._path} and {self._partial.name} exist; delete one of them to resume the other"
             )
         source = self._path if self._path.exists() else self._partial
-        self._check_same_run(source)
+        self._done = self._done_by_same_run(source)
         if source is self._path:
             # A journal without its file tells nothing of this one.
             journal_path(self._partial).unlink(missing_ok=True)
         os.replace(source, self._partial)
         return True
 
-    def _check_same_run(self, source: Path) -> None:
-        """Raise OutputError unless the file was begun with the model and options of this run."""
+    def _done_by_same_run(self, source: Path) -> dict[str, int]:
+        """Raises OutputError unless the file was begun with the model and options of this run."""
         try:
             with h5py.File(source, "r") as file:
                 found = {name: file.attrs.get(name) for name in self._described()}
-                columns = set(file.get(INDEX_GROUP, ()))
-        except OSError as error:
-            raise OutputError(f"{source}: damaged, cannot be resumed ({error}); delete it and start anew") from error
+                index = file.get(INDEX_GROUP, {})
+                has_columns = set(index) >= set(_COLUMNS)
+                done = _done(index) if has_columns else {}
+            found["model"] = json.loads(found["model"] or "{}")
+        except UNREADABLE as error:
+            raise OutputError(
+                f"{source}: damaged, cannot be resumed ({reason(error)}); delete it and start anew"
+            ) from error
         if found["format"] is None:
             raise OutputError(f"{source}: not written by protformer embed; choose another --out")
-        if not columns.issuperset(_COLUMNS):
+        if not has_columns:
             raise OutputError(f"{source}: begun by an earlier version of protformer; delete it and start anew")
-        found["model"] = json.loads(found["model"])
         asked = json.loads(json.dumps(self._described()))
         for name, value in {**asked, **asked["model"]}.items():
             old = found[name] if name in found else found["model"].get(name)
@@ -238,6 +243,14 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
                 raise OutputError(
                     f"{source}: was begun with {name} {old}, not {value}; resume with the same, or delete it"
                 )
+        return done
+
+
+def _done(index: Mapping[str, h5py.Dataset]) -> dict[str, int]:
+    """Ids and hashes. Raises ValueError where the columns differ in length, KeyError where one cannot be opened."""
+    if len({len(index[column]) for column in _COLUMNS}) > 1:
+        raise ValueError("columns of the index differ in length")
+    return dict(zip(index["id"].asstr()[:].tolist(), index["sequence_hash"][:].tolist(), strict=True))
 
 
 def refuse_leftover(path: Path) -> None:
