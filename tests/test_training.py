@@ -228,6 +228,37 @@ def test_a_damaged_checkpoint_is_told_in_one_line_and_kept(fasta, undisturbed, t
     assert checkpoint.is_file()
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("stores.json", b'"train"', b'"trail"'),
+        ("stores.json", b"{", b"["),
+        ("stores.json", b"{", b"\xff"),
+        ("metrics.csv", b"\n2,", b"\n2;"),
+        ("metrics.csv", b"\n2,", b"\n2,2,"),
+        ("metrics.csv", b"step,", b"stop,"),
+        ("metrics.csv", b"\n2,", b"\n2,x"),
+        ("validation.csv", b"\n4,", b"\n4,\xff"),
+    ],
+)
+def test_damaged_notes_of_a_run_are_told_and_left(fasta, undisturbed, tmp_path, capsys, name, old, new):
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    content = (out / name).read_bytes()
+    damaged = content.replace(old, new, 1)
+    assert damaged != content
+    (out / name).write_bytes(damaged)
+    assert f"{name}: is damaged" in fails_with(capsys, [*arguments(fasta, out, "--max-steps", 9), "--resume"])
+    assert (out / name).read_bytes() == damaged
+
+
+def test_a_row_that_was_cut_off_by_a_kill_is_written_anew(fasta, undisturbed, tmp_path):
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    with (out / "metrics.csv").open("a") as file:
+        file.write("1")
+    assert run([*arguments(fasta, out, "--max-steps", 9), "--resume"]) == 0
+    assert [int(row["step"]) for row in metrics(out)] == list(range(1, 10))
+
+
 def test_a_resume_with_a_store_of_another_alphabet_is_refused(fasta, undisturbed, tmp_path, capsys):
     out = shutil.copytree(undisturbed, tmp_path / "run")
     manifest = out / "store" / MANIFEST_FILE

@@ -31,4 +31,4 @@ def _curve(rows: Sequence[dict[str, str]]) -> ValidationCurve:
 
 
 def _column(rows: Sequence[dict[str, str]], name: str) -> list[float]:
-    return [float(row[name]) for row in rows]
+    return [float(row[name] or "nan") for row in rows]

@@ -28,6 +28,7 @@ from typing import Any
 from protformer.corpus.store_manifest import SourceFile
 from protformer.corpus.token_store import MANIFEST_FILE
 from protformer.errors import InputError, OutputError
+from protformer.unreadable import UNREADABLE, reason
 from protformer.whole_file import write_whole
 
 METRIC_FIELDS = (
@@ -118,13 +119,16 @@ class RunFolder:
         try:
             with zipfile.ZipFile(self.checkpoint) as file:
                 damaged = file.testzip() is not None
-        except (OSError, zipfile.BadZipFile):
+        except UNREADABLE:
             damaged = True
         if damaged:
-            raise InputError(
-                f"{self.checkpoint}: is damaged; put back a copy of it, or begin another run from the weights of the"
-                f" last save by --init-from {self.model}"
-            )
+            raise self._is_damaged(self.checkpoint)
+
+    def _is_damaged(self, path: Path) -> InputError:
+        return InputError(
+            f"{path}: is damaged; put back a copy of it, or begin another run from the weights of the last save by"
+            f" --init-from {self.model}"
+        )
 
     def exists_already(self) -> OutputError:
         return OutputError(f"{self.root}: exists already; choose another --out, or add --resume to go on with it")
@@ -150,11 +154,21 @@ class RunFolder:
 
     def has_stores(self, paths: StorePaths) -> bool:
         """Whether the training stores are still those that `save_stores` saw."""
-        return bool(self._read_stores()["train_sha256"] == [_sha256_of_manifest(path) for path in paths.train])
+        return self._read_stores()[1] == [_sha256_of_manifest(path) for path in paths.train]
 
     def load_stores(self) -> StorePaths:
-        tree = self._read_stores()
+        """What `save_stores` noted. Raises InputError if that is damaged."""
+        return self._read_stores()[0]
 
+    def _read_stores(self) -> tuple[StorePaths, list[str]]:
+        path = self.root / "stores.json"
+        try:
+            tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return self._store_paths(tree), [str(digest) for digest in tree["train_sha256"]]
+        except (LookupError, TypeError, ValueError) as error:
+            raise self._is_damaged(path) from error
+
+    def _store_paths(self, tree: Mapping[str, Any]) -> StorePaths:
         def path(name: str) -> Path | None:
             return None if tree[name] is None else self.root / tree[name]
 
@@ -170,10 +184,6 @@ class RunFolder:
             clusters_source=source("clusters_source"),
             pairs_source=source("pairs_source"),
         )
-
-    def _read_stores(self) -> dict[str, Any]:
-        tree: dict[str, Any] = json.loads((self.root / "stores.json").read_text(encoding="utf-8"))
-        return tree
 
 
 def _sha256_of_manifest(store: Path) -> str:
@@ -205,7 +215,7 @@ def keep_metrics_until(
 ) -> None:
     """Drop rows behind `step`, and put those of `then` there, in one move.
 
-    A run that was killed had gone further than its last checkpoint.
+    A run that was killed had gone further than its last checkpoint. Raises InputError if a row is damaged.
     """
 
     def write(partial: Path) -> None:
@@ -215,5 +225,23 @@ def keep_metrics_until(
             writer.writerows(kept)
             writer.writerows(then)
 
-    kept = [row for row in read_metrics(path) if row["step"].isdigit() and int(row["step"]) <= step]
+    try:
+        rows = read_metrics(path)
+        if rows and None in rows[-1].values():
+            rows.pop()  # cut off while it was written, behind the last checkpoint
+        for row in rows:
+            _require_whole(row, fields)
+        kept = [row for row in rows if int(row["step"]) <= step]
+    except (LookupError, ValueError, csv.Error) as error:
+        raise InputError(
+            f"{path}: is damaged ({reason(error)}); mend it, or delete it to go on without its rows"
+        ) from error
     write_whole(path, write)
+
+
+def _require_whole(row: Mapping[str, str | None], fields: Sequence[str]) -> None:
+    """Raise ValueError if the row has other cells than it was written with, or words where numbers belong."""
+    if not row.keys() <= set(fields) or None in row.values():
+        raise ValueError(f"step {row['step']}: not the columns of the header")
+    for name in row.keys() & {*METRIC_FIELDS, *VALIDATION_FIELDS} - {"set"}:
+        float(row[name] or "nan")
