@@ -309,6 +309,7 @@ def test_a_file_with_damage_inside_is_left_as_it_is(tmp_path, damaged):
 def test_another_programs_h5_is_not_resumed(tmp_path):
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["P12345"] = np.zeros(3)
+        file.attrs["model"] = "theirs"
     with pytest.raises(OutputError, match="not written by protformer"):
         open_writer(tmp_path / "x.h5", resume=True)
     with h5py.File(tmp_path / "x.h5") as file:

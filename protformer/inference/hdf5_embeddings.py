@@ -88,7 +88,7 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
         except UNREADABLE as error:
             if fresh:
                 self._remove()
-            raise OutputError(f"{self._path}: cannot begin the file: {error}") from error
+            raise OutputError(f"{self._path}: cannot begin the file: {reason(error)}") from error
 
     def done_ids(self) -> frozenset[str]:
         return frozenset(self._done)
@@ -227,7 +227,8 @@ class Hdf5EmbeddingWriter(EmbeddingWriter):
                 index = file.get(INDEX_GROUP, {})
                 has_columns = set(index) >= set(_COLUMNS)
                 done = _done(index) if has_columns else {}
-            found["model"] = json.loads(found["model"] or "{}")
+            if found["format"] is not None:
+                found["model"] = dict(json.loads(found["model"]))
         except UNREADABLE as error:
             raise OutputError(
                 f"{source}: damaged, cannot be resumed ({reason(error)}); delete it and start anew"
