@@ -16,6 +16,7 @@ from torch import Tensor
 
 from protformer.checkpoint import load_pretrained_tensors
 from protformer.errors import InputError
+from protformer.unreadable import reason
 
 WEIGHT_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -120,7 +121,6 @@ def _download(hub_id: str) -> Path:
     except InputError:
         raise
     except Exception as error:  # besides its own, the errors of whatever library it uses for HTTP
-        reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"--from {hub_id}: there is no such folder, and it cannot be had from the hub ({reason})"
+            f"--from {hub_id}: there is no such folder, and it cannot be had from the hub ({reason(error)})"
         ) from error

@@ -22,6 +22,7 @@ from protformer.alphabet import INVALID, LETTER_TABLE
 from protformer.corpus.compression import open_blocks
 from protformer.corpus.records import SequenceRecord
 from protformer.errors import InputError
+from protformer.unreadable import reason
 
 STRUCTURE_SUFFIXES = {".pdb": "pdb", ".ent": "pdb", ".cif": "mmcif", ".mmcif": "mmcif"}
 
@@ -105,7 +106,7 @@ def _read_structure(file: Path, kind: str) -> Iterator[ChainStructure]:
             warnings.simplefilter("ignore")  # of what files leave out; what matters here is looked at below
             models = list(parser.get_structure(stem, io.StringIO(text)))
     except (PDBConstructionException, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"{file}: cannot be read as {kind} ({' '.join(str(error).split())[:200]})") from error
+        raise InputError(f"{file}: cannot be read as {kind} ({reason(error)})") from error
     seen: set[str] = set()
     for chain in models[0] if models else ():
         sequence, c_beta = _residues(chain)
