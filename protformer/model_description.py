@@ -61,7 +61,7 @@ class ModelDescription:
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingProvenance = field(default_factory=TrainingProvenance)
     converted_from: str = ""
-    """Name of the pretrained weights, and of their layout, that `convert` read."""
+    """Name of the pretrained weights, and of their layout, that `convert` read, however often trained on since."""
     has_lm_head: bool = True
     """False where the converted weights had none: that of the folder is then untrained."""
     residue_counts: list[int]

@@ -63,6 +63,11 @@ def test_distillation_learns_the_attention_alone_and_its_errors_fall(fasta, init
     assert changed(initial, tmp_path / "run") == {f"encoder.blocks.{n}.attention.log_mass" for n in (0, 1)}
 
 
+def test_the_last_step_is_logged_however_seldom_others_are(fasta, initial, tmp_path):
+    assert run(fine_tune(fasta, tmp_path / "run", initial, "--distill", training__log_every_steps=3)) == 0
+    assert list(errors_by_step(tmp_path / "run")) == [3, 4]
+
+
 def test_a_distillation_resumes_bit_for_bit(fasta, initial, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(fine_tune(fasta, whole, initial, "--distill")) == 0

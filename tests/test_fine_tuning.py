@@ -1,6 +1,7 @@
 """Training that begins from a model: its weights and history go in, and what learns is what was asked for."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from safetensors.numpy import load_file
 from small_model import write_model
 from small_runs import arguments, assert_same_run, fails_with, write_proteins
 
-from protformer.checkpoint import load_model
+from protformer.checkpoint import load_model, save_model
 from protformer.cli import run
 from protformer.config import ExactConfig, FavorConfig, LoraConfig, TrainingConfig
 from protformer.model.masked_lm_head import ProteinLanguageModel
@@ -68,6 +69,24 @@ def changed(first, second):
 
 def weights_of(path):
     return load_file(find_model_folder(path) / "model.safetensors")
+
+
+def test_the_origin_of_converted_weights_stays_however_often_they_are_trained(fasta, initial, tmp_path, capsys):
+    model, description = load_model(initial, CPU)
+    save_model(tmp_path / "converted", model, replace(description, converted_from="esm2 (ESM)"))
+    assert "Converted from esm2 (ESM)" in (card := (tmp_path / "converted" / "README.md").read_text())
+    assert "Training data" not in card
+    began = tmp_path / "converted"
+    for name in ("once", "twice"):
+        assert run(fine_tune(fasta, tmp_path / name, began, "--max-steps", 1)) == 0
+        began = tmp_path / name
+        card = " ".join((began / "model" / "README.md").read_text().split())
+        assert "Converted from esm2 (ESM) by `protformer convert`, and trained since" in card
+        assert f"Training data: {fasta.name}" in card
+        capsys.readouterr()
+        assert run(["describe", str(began / "model"), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["converted_from"] == "esm2 (ESM)"
+    assert "Begun from the weights of the model once" in card
 
 
 def test_training_begins_with_the_weights_and_keeps_their_history(fasta, initial, tmp_path):

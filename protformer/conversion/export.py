@@ -125,7 +125,8 @@ def _notes(description: ModelDescription) -> Iterator[str]:
 
 def _card(model: ModelConfig, description: ModelDescription, notes: tuple[str, ...]) -> str:
     kind = "EsmForMaskedLM" if description.has_lm_head else "EsmModel"
-    origin = description.converted_from or ", ".join(description.training.sources) or "unknown"
+    data = ", ".join(description.training.sources)
+    origin = ", then ".join(part for part in (description.converted_from, data) if part) or "unknown"
     told = "".join(f"- {note[0].upper()}{note[1:]}.\n" for note in notes)
     return f"""---
 library_name: transformers

@@ -54,7 +54,7 @@ def build_distillation(config: RunConfig, initial: InitialWeights | None) -> Dis
 
 
 class DistillationLog(StepCallback):
-    """Writes each layer's error in the last step, every so many steps."""
+    """Writes each layer's error in a step, every so many steps and for the last one."""
 
     def __init__(self, run: RunFolder, distillation: Distillation, *, every_steps: int) -> None:
         self.run, self.distillation, self.every_steps = run, distillation, every_steps
@@ -66,7 +66,7 @@ class DistillationLog(StepCallback):
     def after_step(self, trainer: pl.Trainer, task: MaskedLmTask, step: int) -> None:
         figures = [*self.distillation.sums.tolist(), self.distillation.num_asked]
         self.distillation.reset()
-        if step % self.every_steps:
+        if step % self.every_steps and step != trainer.max_steps:
             return
         *sums, num_asked = over_ranks(trainer, figures, "sum")
         if trainer.is_global_zero:

@@ -42,17 +42,23 @@ class InitialWeights:
     model: InitialModel
     has_lm_head: bool = True
     """Whether they predict residues; of converted weights, some do not."""
+    converted_from: str = ""
+    """See `ModelDescription`; however often they were trained since."""
 
     @classmethod
     def of(cls, path: Path) -> "InitialWeights":
         """Of a model folder or run folder. Raises ModelFolderError."""
         folder = find_model_folder(path)
+        description = read_description(folder)
         model = InitialModel(
-            name=model_name(folder),
-            weights_sha256=weights_sha256(folder),
-            training=read_description(folder).training,
+            name=model_name(folder), weights_sha256=weights_sha256(folder), training=description.training
         )
-        return cls(path=str(folder.resolve()), model=model, has_lm_head=read_description(folder).has_lm_head)
+        return cls(
+            path=str(folder.resolve()),
+            model=model,
+            has_lm_head=description.has_lm_head,
+            converted_from=description.converted_from,
+        )
 
 
 def save_initial_weights(run: RunFolder, initial: InitialWeights) -> None:

@@ -368,6 +368,7 @@ def _describe(
             masking_span_mean_length=masking.span_mean_length,
             initial_model=None if initial is None else initial.model,
         ),
+        converted_from="" if initial is None else initial.converted_from,
         has_lm_head=initial is None or initial.has_lm_head or not config.training.distill,
         residue_counts=residue_counts,
     )
