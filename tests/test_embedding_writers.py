@@ -306,6 +306,13 @@ def test_a_file_with_damage_inside_is_left_as_it_is(tmp_path, damaged):
     assert [path.name for path in tmp_path.iterdir()] == ["x.h5"]
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, suffix):
+    (tmp_path / f"x{suffix}.partial").mkdir()  # root may write in every folder, but not here
+    with pytest.raises((OSError, OutputError)):
+        open_writer(tmp_path / f"x{suffix}")
+
+
 def test_another_programs_h5_is_not_resumed(tmp_path):
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["P12345"] = np.zeros(3)

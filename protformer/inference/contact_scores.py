@@ -15,6 +15,10 @@ from torch import Tensor
 
 from protformer.model.contact_head import corrected_sum
 
+PROBABILITIES = "are probabilities, of the model's contact head"
+RANKS = "rank the pairs and are no probabilities"
+"""What scores are, behind "scores"."""
+
 Maps = Float[Tensor, "*map residue residue"]
 ContactScores = Float[Tensor, "residue residue"]
 

@@ -21,7 +21,7 @@ import numpy as np
 from protformer import __version__
 from protformer.errors import InputError, OutputError
 from protformer.evaluation.figures import plot_contact_map
-from protformer.inference.contact_scores import ContactMap
+from protformer.inference.contact_scores import RANKS, ContactMap
 from protformer.inference.written_map import read_written_map
 
 ContactFormat = Literal["npz", "rr", "csv"]
@@ -75,7 +75,8 @@ def refuse_existing(paths: Sequence[Path]) -> None:
     """Raise OutputError where a file exists already, so that a run can ask before it computes the map."""
     for path in paths:
         if path.exists():
-            raise OutputError(f"{path}: exists already; go on with --resume, choose another --out, or delete it")
+            resume = "go on with --resume, " if any(path.suffix == ".npz" for path in paths) else ""
+            raise OutputError(f"{path}: exists already; {resume}choose another --out, or delete it")
 
 
 def is_written(paths: Sequence[Path], chains: Sequence[str], provenance: Mapping[str, object]) -> bool:
@@ -156,7 +157,7 @@ def _write_rr(contact_map: ContactMap, path: Path) -> None:
     scores = contact_map.contacts[rows, columns]
     with path.open("w", encoding="ascii", newline="\n") as file:
         file.write(f"PFRMAT RR\nTARGET {_target(contact_map)}\nAUTHOR protformer\n")
-        file.write(f"METHOD protformer {__version__}; scores rank the pairs and are no probabilities\nMODEL 1\n")
+        file.write(f"METHOD protformer {__version__}; scores {contact_map.provenance.get('scores', RANKS)}\nMODEL 1\n")
         for chain in _chain_sequences(contact_map):
             file.writelines(f"{chain[at : at + _RR_LINE_RESIDUES]}\n" for at in range(0, len(chain), _RR_LINE_RESIDUES))
         for pair in np.argsort(-scores, kind="stable"):

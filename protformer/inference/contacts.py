@@ -26,6 +26,8 @@ from protformer.corpus.pairs import read_pairs, resolve_pairs
 from protformer.errors import InputError
 from protformer.inference.batches import require_positions
 from protformer.inference.contact_scores import (
+    PROBABILITIES,
+    RANKS,
     ContactMap,
     contacts_from_attention,
     contacts_from_jacobian,
@@ -58,7 +60,7 @@ def predict_contacts(
             contacts = unit_scale(_jacobian_scores(session.model, tokens, residues, batch_tokens))
     return ContactMap(
         id=id_,
-        contacts=contacts.numpy(),
+        contacts=((contacts + contacts.T) / 2).numpy(),  # without the last bit in which sums of either order differ
         sequence="".join(chain.sequence for chain in chains),
         chain_lengths=tuple(len(chain) for chain in chains),
         chain_ids=tuple(chain.id for chain in chains),
@@ -68,7 +70,12 @@ def predict_contacts(
 
 def describe_contacts(session: InferenceSession, *, method: ContactMethod) -> dict[str, object]:
     """What contact maps say about how they were made."""
-    return session.provenance | {"method": method, "precision": str(session.dtype).removeprefix("torch.")}
+    from_head = method == "attention" and session.model.contact_head is not None
+    return session.provenance | {
+        "method": method,
+        "scores": PROBABILITIES if from_head else RANKS,
+        "precision": str(session.dtype).removeprefix("torch."),
+    }
 
 
 def only_named(ids: tuple[str, ...], records: Iterable[SequenceRecord]) -> list[SequenceRecord]:

@@ -77,6 +77,8 @@ def check_output(path: Path, *, resume: bool) -> None:
     if resume and suffix != ".h5":
         raise OutputError(f"{path}: only h5 can be resumed; leave out --resume, or write to {path.stem}.h5")
     if not path.parent.is_dir():
+        if path.parent.exists():
+            raise OutputError(f"{path}: {path.parent} is a file; choose another --out")
         raise OutputError(f"{path}: the folder {path.parent} does not exist; create it first")
     if not resume:
         _refuse_existing(path)
@@ -155,6 +157,7 @@ class ParquetEmbeddingWriter(EmbeddingWriter):
             import pyarrow.parquet
         except ImportError as error:
             raise OutputError(f"{path}: parquet needs pyarrow; run: pip install 'protformer[parquet]'") from error
+        self._partial.open("wb").close()  # a folder where nothing can be written is told before the work
         self._pyarrow: Any = pyarrow
         self._writer: Any = None
         self._rows: list[dict[str, Any]] = []
@@ -230,6 +233,7 @@ class TorchEmbeddingWriter(EmbeddingWriter):
         self, path: Path, *, per: Per, dtype: EmbeddingDtype, description: Mapping[str, object], save: Save
     ) -> None:
         super().__init__(path, per=per, dtype=dtype, description=description)
+        self._partial.open("wb").close()  # as for Parquet
         self._save = save
         self._embeddings: dict[str, dict[str, object]] = {}
         self._index: dict[str, list[object]] = {"id": [], "header": [], "length": [], "truncated": []}
