@@ -223,14 +223,13 @@ def _report_readiness(
 ) -> None:
     from protformer.checkpoint import load_model
     from protformer.cli.benchmark_tables import readiness_table
-    from protformer.cli.readiness import report_readiness
+    from protformer.cli.readiness import proteins_to_report, report_readiness
     from protformer.device import choose_device, describe_machine
 
     chosen = choose_device(device)
     model, description = load_model(model_path, chosen)
-    reports, sequences = report_readiness(
-        model, description, counts=counts or (None,), fasta=fasta, num_proteins=num_proteins, quiet=quiet
-    )
+    proteins, sequences = proteins_to_report(description, fasta, num_proteins)
+    reports = report_readiness(model, proteins, counts=counts or (None,), quiet=quiet)
     if plot is not None:
         from protformer.benchmark.figures import plot_readiness
 

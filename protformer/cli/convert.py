@@ -8,6 +8,7 @@ import click
 from protformer.cli.options import FilePath, quiet_option
 
 if TYPE_CHECKING:
+    from protformer.cli.readiness import Tokens
     from protformer.conversion.convert import Conversion
 
 
@@ -65,6 +66,8 @@ def command(
             raise ConfigError(
                 f"--set {override}: only model.exact_layers and fields of model.attention (not its kind) are set here"
             )
+    if attention == "exact" and fasta is not None:
+        raise click.UsageError("--fasta is for the report, which exact attention has none of")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: exists already; choose another --out or remove it")
     # The number of layers is in the weights; until they are read, layers may have any number.
@@ -73,31 +76,32 @@ def command(
     chosen = wanted.attention
 
     from protformer.checkpoint import save_model
+    from protformer.cli.readiness import proteins_to_report
     from protformer.conversion.convert import convert
     from protformer.conversion.pretrained_folder import read_pretrained
 
     conversion = convert(read_pretrained(source), chosen, exact_layers=wanted.exact_layers)
+    if chosen.kind != "exact":
+        proteins, sequences = proteins_to_report(conversion.description, fasta, num_proteins)
     save_model(out, conversion.model, conversion.description)
     for note in conversion.notes if not quiet else ():
         click.echo(f"note: {note}", err=True)
     if chosen.kind != "exact":
-        _report(conversion, fasta=fasta, num_proteins=num_proteins, quiet=quiet)
+        _report(conversion, proteins, sequences, quiet=quiet)
     num_parameters = sum(parameter.numel() for parameter in conversion.model.parameters())
     click.echo(f"{out}: {conversion.description.converted_from}, {num_parameters:,} parameters, {attention} attention")
 
 
-def _report(conversion: "Conversion", *, fasta: str | None, num_proteins: int, quiet: bool) -> None:
+def _report(conversion: "Conversion", proteins: "list[Tokens]", sequences: str, *, quiet: bool) -> None:
     """Print how far the attention is from exact attention; for random features, also why."""
     from protformer.cli.benchmark_tables import exactness_table, readiness_table
     from protformer.cli.readiness import print_tables, report_exactness, report_readiness
 
-    model, description = conversion.model, conversion.description
+    model = conversion.model
     if model.config.attention.kind == "favor":
-        reports, sequences = report_readiness(
-            model, description, counts=(None,), fasta=fasta, num_proteins=num_proteins, quiet=quiet
-        )
+        reports = report_readiness(model, proteins, counts=(None,), quiet=quiet)
         print_tables(readiness_table(reports, sequences))
-    errors, sequences = report_exactness(model, description, fasta=fasta, num_proteins=num_proteins, quiet=quiet)
+    errors = report_exactness(model, proteins, quiet=quiet)
     print_tables(exactness_table(errors, sequences))
     if model.config.attention.kind == "generalized" and not quiet:
         click.echo("note: this kernel is no estimate of softmax attention: train the model before you use it", err=True)

@@ -15,35 +15,24 @@ from protformer.model_description import ModelDescription
 
 RANDOM_RESIDUES = 512
 
+Tokens = Sequence[int]
+
 
 def report_readiness(
-    model: ProteinLanguageModel,
-    description: ModelDescription,
-    *,
-    counts: Sequence[int | None],
-    fasta: str | None,
-    num_proteins: int,
-    quiet: bool,
-) -> tuple[list[LayerReport], str]:
-    """A report for each layer and number of features (None: the model's own), and in words what it was made on.
-
-    That is the first `num_proteins` of `fasta`, or as many of random residues.
-    """
-    proteins, sequences = _proteins(description, fasta, num_proteins)
+    model: ProteinLanguageModel, proteins: Sequence[Tokens], *, counts: Sequence[int | None], quiet: bool
+) -> list[LayerReport]:
+    """A report for each layer and number of features; None: the model's own."""
     reports: list[LayerReport] = []
     with count_progress("proteins", quiet=quiet) as advance:
         for num_features in counts:
             reports += model_readiness(model, proteins, num_features=num_features, advance=advance)
-    return reports, sequences
+    return reports
 
 
-def report_exactness(
-    model: ProteinLanguageModel, description: ModelDescription, *, fasta: str | None, num_proteins: int, quiet: bool
-) -> tuple[list[AttentionError], str]:
-    """The error of each layer's attention, and in words what it was measured on, as above."""
-    proteins, sequences = _proteins(description, fasta, num_proteins)
+def report_exactness(model: ProteinLanguageModel, proteins: Sequence[Tokens], *, quiet: bool) -> list[AttentionError]:
+    """The error of each layer's attention."""
     with count_progress("proteins", quiet=quiet) as advance:
-        return compare_with_exact(model, proteins, advance=advance), sequences
+        return compare_with_exact(model, proteins, advance=advance)
 
 
 def print_tables(tables: Sequence[object]) -> None:
@@ -54,14 +43,19 @@ def print_tables(tables: Sequence[object]) -> None:
         console.print(table)
 
 
-def _proteins(description: ModelDescription, fasta: str | None, num_proteins: int) -> tuple[list[Sequence[int]], str]:
-    proteins: list[Sequence[int]]
+def proteins_to_report(description: ModelDescription, fasta: str | None, num_proteins: int) -> tuple[list[Tokens], str]:
+    """The first `num_proteins` of `fasta`, or as many of random residues, and the same in words.
+
+    Each is cut where the model's learned positions end.
+    """
+    model = description.model
+    limit = None if model.max_positions is None else model.max_positions - sum(map(len, model.frame))
     if fasta is None:
         frequencies = description.unigram_frequencies
-        proteins = [*random_proteins(frequencies, count=num_proteins, length=RANDOM_RESIDUES, seed=0)]
-        sequences = f"{num_proteins} x {RANDOM_RESIDUES} random residues"
-    else:
-        records = read_fasta(fasta, on_duplicate="allow", report=FastaReport())
-        proteins = [record.tokens for record in islice(records, num_proteins)]
-        sequences = f"the first {len(proteins)} proteins of {fasta}"
-    return proteins, sequences
+        length = RANDOM_RESIDUES if limit is None else min(RANDOM_RESIDUES, limit)
+        drawn = random_proteins(frequencies, count=num_proteins, length=length, seed=0)
+        return [*drawn], f"{num_proteins} x {length} random residues"
+    records = read_fasta(fasta, on_duplicate="allow", report=FastaReport())
+    proteins: list[Tokens] = [record.tokens[:limit] for record in islice(records, num_proteins)]
+    cut = "" if limit is None else f", {limit:,} residues of each at most"
+    return proteins, f"the first {len(proteins)} proteins of {fasta}{cut}"
