@@ -88,8 +88,11 @@ def load_tensors(path: Path) -> dict[str, object]:
 
 def save_safetensors(tensors: dict[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
     """Write tensors that share no memory. Raises OSError."""
+    path.touch()  # with the mode that the system gives to new files, where safetensors lets the owner alone read them
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata=metadata)
+        path.chmod(mode)
     except SafetensorError as error:  # it has its own words for what the system says
         raise OSError(str(error)) from error
 
@@ -108,13 +111,19 @@ def load_pretrained_tensors(path: Path) -> dict[str, Tensor]:
 def model_card(description: ModelDescription, *, num_parameters: int) -> str:
     """A README for people who find the folder."""
     model, training = description.model, description.training
-    origin = f"""- Training data: {", ".join(training.sources) or "unknown"} ({training.num_proteins:,} proteins,
+    told = []
+    if description.converted_from:
+        since = f"trained {'since' if training.steps else 'no further'}"
+        told.append(f"""- Converted from {description.converted_from} by `protformer convert`, and {since}; what it was
+  trained on before, and its licence, are told where those weights were published""")
+    if training.initial_model is not None:
+        told.append(f"- Begun from the weights of the model {training.initial_model.name}")
+    if training.steps or not description.converted_from:
+        told.append(f"""- Training data: {", ".join(training.sources) or "unknown"} ({training.num_proteins:,} proteins,
   {training.num_residues:,} residues)
 - Training: {training.steps:,} steps, {training.tokens_seen:,} tokens, windows of {training.max_residues:,} tokens,
-  seed {training.seed}"""
-    if description.converted_from and not training.steps:
-        origin = f"""- Converted from {description.converted_from} by `protformer convert`, and not trained since; what
-  it was trained on, and its licence, are told where those weights were published"""
+  seed {training.seed}""")
+    origin = "\n".join(told)
     return f"""# A protformer protein language model
 
 {num_parameters:,} parameters; {model.num_layers} layers, {model.num_heads} heads, hidden size {model.hidden_size},
@@ -131,6 +140,8 @@ The licence of the weights follows from the data they were trained on and is not
 
 def _load_safetensors(path: Path, device: torch.device) -> dict[str, Tensor]:
     try:
+        with path.open("rb"):  # what the system says; safetensors has no word but "No such file"
+            pass
         return load_file(path, device=str(device))
     except (SafetensorError, OSError) as error:
         raise ModelFolderError(f"{path}: cannot be read as safetensors ({error})") from error

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from protformer.alphabet import NUM_TOKENS
-from protformer.checkpoint import load_model, load_tensors, save_model, save_tensors
+from protformer.checkpoint import _load_safetensors, load_model, load_tensors, save_model, save_tensors
 from protformer.config import ExactConfig, FavorConfig, GeneralizedConfig, ModelConfig
 from protformer.errors import InputError, ModelFolderError
 from protformer.model.masked_lm_head import ProteinLanguageModel
@@ -50,6 +50,20 @@ def test_a_run_folder_stands_for_the_model_inside(tmp_path):
     make(tmp_path / "run" / "model")
     assert find_model_folder(tmp_path / "run") == tmp_path / "run" / "model"
     assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+def test_whoever_may_read_the_description_may_read_the_weights(tmp_path):
+    make(tmp_path / "model")
+    assert len({path.stat().st_mode for path in (tmp_path / "model").iterdir()}) == 1
+
+
+def test_weights_that_cannot_be_opened_are_told_in_the_words_of_the_system(tmp_path):
+    make(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.unlink()
+    weights.mkdir()
+    with pytest.raises(ModelFolderError, match="directory"):
+        _load_safetensors(weights, CPU)
 
 
 def test_the_card_names_what_a_finder_of_the_folder_wants_to_know(tmp_path):

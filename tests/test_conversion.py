@@ -2,8 +2,10 @@
 
 import copy
 import itertools
+import json
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import EsmForMaskedLM, EsmModel, EsmTokenizer
 
 from protformer.alphabet import CLS, EOS, MASK, PAD, TOKENS
+from protformer.checkpoint import load_model, save_model
 from protformer.cli import run
 from protformer.config import ExactConfig, ModelConfig
 from protformer.conversion.vocabulary import ALIASES
@@ -229,6 +232,48 @@ def test_a_protein_beyond_learned_positions_is_refused_by_name_and_embeds_in_win
     assert "error: record 'long' makes 62 tokens with the special ones" in told
     assert "--max-length 58 --on-long window" in told
     assert run([*command, "--out", str(tmp_path / "f.npy"), "--max-length", "58", "--on-long", "window"]) == 0
+
+
+@pytest.mark.parametrize("attention", ["favor", "clustered"])
+def test_the_report_on_learned_positions_is_of_as_much_as_they_hold(tmp_path, capsys, attention):
+    bert(tmp_path / "theirs")
+    (tmp_path / "long.fa").write_text(f">short\nMKVL\n>long\n{'MKVLAG' * 10}\n")
+    command = ["convert", "--from", str(tmp_path / "theirs"), "--attention", attention, "--num-proteins", "2"]
+    assert run([*command, "--out", str(tmp_path / "a")]) == 0
+    assert "2 x 58 random residues" in capsys.readouterr().out
+    assert run([*command, "--out", str(tmp_path / "b"), "--fasta", str(tmp_path / "long.fa")]) == 0
+    assert "58 residues of each at most" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_report_that_cannot_be_made_leaves_no_model(tmp_path, capsys, esm2):
+    (tmp_path / "no.fa").write_text("no FASTA\n")
+    command = ["convert", "--from", str(esm2[0] / "theirs"), "--out", str(tmp_path / "ours")]
+    for fasta in ("none.fa", "no.fa"):
+        assert run([*command, "--attention", "favor", "--fasta", str(tmp_path / fasta)]) == 1
+        assert fasta in capsys.readouterr().err
+        assert not (tmp_path / "ours").exists()
+    assert run([*command, "--fasta", str(tmp_path / "none.fa")]) == 2
+    assert "exact attention has none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_contact_files_tell_probabilities_from_ranks(tmp_path, has_head, esm2):
+    folder = esm2[0]
+    model, description = load_model(folder / "ours", torch.device("cpu"))
+    if not has_head:
+        model.contact_head = None
+        description = replace(description, model=replace(description.model, contact_head=False))
+        model.config = description.model
+    save_model(tmp_path / "model", model, description)
+    (tmp_path / "a.fa").write_text(">a\nMKVLAAGIVGKLLENGS\n")
+    command = ["predict-contacts", "--model", str(tmp_path / "model"), "--fasta", str(tmp_path / "a.fa"), "--quiet"]
+    formats = [word for name in ("npz", "rr") for word in ("--format", name)]
+    assert run([*command, "--out", str(tmp_path / "maps"), *formats]) == 0
+    said = "are probabilities, of the model's contact head" if has_head else "rank the pairs and are no probabilities"
+    assert f"; scores {said}\n" in (tmp_path / "maps" / "a.rr").read_text()
+    with np.load(tmp_path / "maps" / "a.npz") as arrays:
+        assert json.loads(str(arrays["provenance"]))["scores"] == said
+        assert np.array_equal(arrays["contacts"], arrays["contacts"].T)
 
 
 def test_favor_conversion_keeps_the_weights_and_reports_on_every_layer(tmp_path, capsys, request, esm2):
