@@ -26,4 +26,5 @@ UNREADABLE: tuple[type[Exception], ...] = (
 
 def reason(error: Exception) -> str:
     """The words of a library, on one line and of a bounded length."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    words = f"no {error}" if isinstance(error, KeyError) else str(error)  # which says a name and no more
+    return " ".join(words.split())[:200] or type(error).__name__

@@ -232,6 +232,9 @@ def test_a_protein_beyond_learned_positions_is_refused_by_name_and_embeds_in_win
     assert "error: record 'long' makes 62 tokens with the special ones" in told
     assert "--max-length 58 --on-long window" in told
     assert run([*command, "--out", str(tmp_path / "f.npy"), "--max-length", "58", "--on-long", "window"]) == 0
+    capsys.readouterr()
+    assert run(["evaluate", "masked-lm", *command[1:]]) == 1
+    assert "error: record 'long' makes 62 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("attention", ["favor", "clustered"])
@@ -243,6 +246,16 @@ def test_the_report_on_learned_positions_is_of_as_much_as_they_hold(tmp_path, ca
     assert "2 x 58 random residues" in capsys.readouterr().out
     assert run([*command, "--out", str(tmp_path / "b"), "--fasta", str(tmp_path / "long.fa")]) == 0
     assert "58 residues of each at most" in " ".join(capsys.readouterr().out.split())
+
+
+def test_describe_tells_which_heads_a_model_has(tmp_path, capsys):
+    esm(tmp_path / "both").esm.save_pretrained(tmp_path / "encoder")
+    for source, heads in {"both": ("trained", "yes"), "encoder": ("untrained", "yes")}.items():
+        convert(tmp_path / source, tmp_path / f"our-{source}")
+        capsys.readouterr()
+        assert run(["describe", str(tmp_path / f"our-{source}"), "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert (facts["lm_head"], facts["contact_head"]) == heads
 
 
 def test_a_report_that_cannot_be_made_leaves_no_model(tmp_path, capsys, esm2):
@@ -397,6 +410,7 @@ def untie(folder):
         (change(position_embedding_type="relative_key"), "position_embedding_type 'relative_key' is not known"),
         (change(num_hidden_layers="two"), "num_hidden_layers is 'two', not a whole number"),
         (change(hidden_size=30), "model.hidden_size: 30 is not allowed"),
+        (change(vocab_size=40), "vocab_size is 40, and esm.embeddings.word_embeddings.weight has 33 rows"),
         (write("vocab.txt", "\n".join(["<cls>", "<pad>", "AL", "GV"])), "it has 2 other tokens, such as 'AL', 'GV'"),
         (write("vocab.txt", "\n".join(TOKENS[:20])), "the vocabulary lacks <mask>, C, H, M, W"),
         (write("config.json", "{"), "config.json: not JSON"),

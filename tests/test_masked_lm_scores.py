@@ -86,6 +86,12 @@ def test_how_positions_are_batched_changes_nothing():
     assert one.log_likelihood_gain_standard_error == pytest.approx(many.log_likelihood_gain_standard_error, rel=1e-3)
 
 
+def test_one_protein_has_no_standard_error():
+    batch = make_batch(1)
+    one = MaskedBatch(inputs=batch.inputs[:1], targets=batch.targets[:1], segments=(batch.segments[:1] > 0).long())
+    assert evaluate_masked_lm(make_model(), [one], frequencies()).log_likelihood_gain_standard_error is None
+
+
 def test_without_an_asked_position_there_are_no_scores():
     batch = make_batch(1)
     nothing = MaskedBatch(inputs=batch.inputs, targets=torch.full_like(batch.targets, IGNORE), segments=batch.segments)

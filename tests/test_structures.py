@@ -72,6 +72,7 @@ def test_json_lines_give_a_chain_a_line_and_nan_where_nothing_is_resolved(tmp_pa
     ("name", "content", "message"),
     [
         ("a.jsonl", "{", "line 1: not a chain with id, seq and cb"),
+        ("a.jsonl", '{"id": "x", "seq": "MK"}', "not a chain with id, seq and cb (no 'cb')"),
         ("a.jsonl", '{"id": "x", "seq": "MK", "cb": [[0, 0, 0]]}', "line 1: 'x' has 2 residues and 1 C-betas"),
         ("a.jsonl", '{"id": "x", "seq": "M1", "cb": [[0,0,0],[0,0,0]]}', "line 1: 'x' has no sequence of residue"),
         ("a.jsonl", "\n", "no protein chain here"),
@@ -120,6 +121,8 @@ def test_means_are_over_the_chains_that_have_the_range():
     means = mean_precision([long, short])
     assert set(means) == {"long", "medium", "short"}
     assert means["long"] == {"P@L": 1.0, "P@L/2": 1.0, "P@L/5": 1.0, "random_P@L": 1.0}
+    none = dict.fromkeys(means["long"])
+    assert mean_precision([short]) == {"long": none, "medium": none, "short": means["short"]}
 
 
 def test_evaluate_contacts_prints_each_range_as_table_and_json(tmp_path, capsys):
@@ -137,6 +140,12 @@ def test_evaluate_contacts_prints_each_range_as_table_and_json(tmp_path, capsys)
     assert set(figures["long"]) == {"P@L", "P@L/2", "P@L/5", "random_P@L"}
     assert run(command) == 0
     assert "num_chains 3" in capsys.readouterr().out
+    short = chains[0] | {"seq": "MKVLAG", "cb": chains[0]["cb"][:6]}
+    (tmp_path / "s.jsonl").write_text(json.dumps(short))
+    assert run([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["long"] == dict.fromkeys(figures["long"])
+    assert run(command) == 0
+    assert f"long    {'-':>12}" in capsys.readouterr().out
 
 
 def test_a_contact_head_is_a_logistic_regression_on_corrected_maps():

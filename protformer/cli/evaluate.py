@@ -72,7 +72,8 @@ def masked_lm(
         click.echo(json.dumps(figures))
         return
     for name, value in figures.items():
-        click.echo(f"{name:34} {value:.4f}" if isinstance(value, float) else f"{name:34} {value}")
+        told = "-" if value is None else f"{value:.4f}" if isinstance(value, float) else value
+        click.echo(f"{name:34} {told}")
 
 
 @command.command("contacts")
@@ -128,5 +129,9 @@ def contacts(
     click.echo(f"{'range':8}" + "".join(f"{name:>12}" for name in columns))
     for name, values in figures.items():
         if isinstance(values, dict):
-            click.echo(f"{name:8}" + "".join(f"{values[column]:12.3f}" for column in columns))
+            click.echo(f"{name:8}" + "".join(_cell(values[column]) for column in columns))
     click.echo(f"num_chains {figures['num_chains']}")
+
+
+def _cell(value: float | None) -> str:
+    return f"{'-':>12}" if value is None else f"{value:12.3f}"

@@ -95,6 +95,11 @@ class _Reader:
         """Our tensors. Raises InputError if one of the encoder is left over in the end."""
         layout = self.layout
         embedding = self.take(layout.token_embedding)
+        if layout.vocab_size not in (None, len(embedding)):
+            raise InputError(
+                f"{self.source}: the weights do not fit config.json: vocab_size is {layout.vocab_size}, and"
+                f" {layout.token_embedding} has {len(embedding)} rows"
+            )
         if max(self.vocabulary.rows) >= len(embedding):
             raise InputError(f"{self.source}: {layout.token_embedding} has fewer rows than the vocabulary has tokens")
         yield "encoder.embedding.weight", self.vocabulary.embedding(embedding)

@@ -47,6 +47,8 @@ class Layout:
     lm_head: LmHead
     first_position: int = 0
     """Row of the first token's position."""
+    vocab_size: int | None = None
+    """As the configuration has it."""
 
     @property
     def token_embedding(self) -> str:
@@ -76,7 +78,8 @@ def find_layout(config: Mapping[str, Any], names: Collection[str], source: str) 
     prefix = f"{kind}." if any(name.startswith(f"{kind}.") for name in names) else ""
     layout = kinds[str(kind)](config, prefix, source)
     has_contact_head = f"{layout.contact_head}.weight" in names
-    return replace(layout, model=replace(layout.model, contact_head=has_contact_head))
+    vocab_size = _integer(config, "vocab_size", source) if "vocab_size" in config else None
+    return replace(layout, model=replace(layout.model, contact_head=has_contact_head), vocab_size=vocab_size)
 
 
 def _esm(config: Mapping[str, Any], prefix: str, source: str) -> Layout:

@@ -80,7 +80,7 @@ def _json_chain(line: bytes, file: Path, number: int) -> ChainStructure:
         rows = [[np.nan] * 3 if row is None else row for row in tree["cb"]]
         c_beta = np.array(rows, dtype=np.float32).reshape(-1, 3)
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{where}: not a chain with id, seq and cb ({error!r})") from error
+        raise InputError(f"{where}: not a chain with id, seq and cb ({reason(error)})") from error
     return _chain(id_, sequence, c_beta, where, number)
 
 

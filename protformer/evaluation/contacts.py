@@ -51,17 +51,20 @@ def contact_precision(
     return found
 
 
-def mean_precision(chains: Iterable[dict[str, ChainPrecision]]) -> dict[str, dict[str, float]]:
-    """Means over the chains that have the range, under the names that scripts rely on."""
+def mean_precision(chains: Iterable[dict[str, ChainPrecision]]) -> dict[str, dict[str, float | None]]:
+    """Means over the chains that have the range, under the names that scripts rely on; None where no chain has it."""
     listed = list(chains)
-    means: dict[str, dict[str, float]] = {}
+    means: dict[str, dict[str, float | None]] = {}
     for name in RANGES:
         having = [chain[name] for chain in listed if name in chain]
-        if having:
-            means[name] = {share: float(np.mean([chain.precisions[share] for chain in having])) for share in SHARES} | {
-                "random_P@L": float(np.mean([chain.random for chain in having]))
-            }
+        means[name] = {share: _mean([chain.precisions[share] for chain in having]) for share in SHARES} | {
+            "random_P@L": _mean([chain.random for chain in having])
+        }
     return means
+
+
+def _mean(figures: list[float]) -> float | None:
+    return float(np.mean(figures)) if figures else None
 
 
 def _contacts(

@@ -56,8 +56,8 @@ class MaskedLmScores:
     baseline_accuracy: float
     log_likelihood_gain: float
     """Mean over positions of log p(model) - log p(baseline), in nats; above 0 the model is better."""
-    log_likelihood_gain_standard_error: float
-    """With proteins, not positions, as the independent units (ratio estimator, Cochran 1977, eq. 6.13)."""
+    log_likelihood_gain_standard_error: float | None
+    """With proteins, not positions, as the independent units (ratio estimator, Cochran 1977, eq. 6.13); one has none."""
 
 
 def predict_targets(
@@ -111,7 +111,7 @@ def summarize_units(table: Float[Tensor, "unit 5"]) -> MaskedLmScores | None:
     gain = baseline_nll - nll
     mean_gain = gain.sum() / num_masked
     num_units = len(table)
-    variance = ((gain - count * mean_gain) ** 2).sum() * num_units / max(1, num_units - 1)
+    squares = float(((gain - count * mean_gain) ** 2).sum())
     return MaskedLmScores(
         num_masked=num_masked,
         loss=float(nll.sum()) / num_masked,
@@ -120,7 +120,9 @@ def summarize_units(table: Float[Tensor, "unit 5"]) -> MaskedLmScores | None:
         baseline_perplexity=float((baseline_nll.sum() / num_masked).exp()),
         baseline_accuracy=float(baseline_correct.sum() / num_masked),
         log_likelihood_gain=float(mean_gain),
-        log_likelihood_gain_standard_error=float(variance.sqrt()) / num_masked,
+        log_likelihood_gain_standard_error=None
+        if num_units == 1
+        else (squares * num_units / (num_units - 1)) ** 0.5 / num_masked,
     )
 
 

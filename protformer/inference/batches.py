@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from protformer.alphabet import PAD
@@ -95,9 +95,15 @@ def masked_batches(
     max_tokens: int,
     device: torch.device,
 ) -> Iterator[MaskedBatch]:
-    """Each protein alone, masked for scoring (see `corpus.evaluation_rows`)."""
+    """Each protein alone, masked for scoring (see `corpus.evaluation_rows`). Raises InputError if one is too long."""
+
+    def residues() -> Iterator[UInt8[np.ndarray, " residue"]]:
+        for record in records:
+            require_positions(record.id, len(record) + sum(map(len, model.frame)), model)
+            yield np.frombuffer(record.tokens, dtype=np.uint8)
+
     rows = evaluation_rows(
-        (np.frombuffer(record.tokens, dtype=np.uint8) for record in records),
+        residues(),
         direction=model.direction,
         leading=model.frame[0] if model.direction == "bidirectional" else b"",
         rate=rate,

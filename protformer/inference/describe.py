@@ -103,6 +103,8 @@ def _describe_model(path: Path) -> Facts:
         "hidden_size": model.hidden_size,
         "feed_forward_size": model.feed_forward_size,
         "packing": description.packing,
+        "lm_head": "trained" if description.has_lm_head else "untrained",
+        "contact_head": "yes" if model.contact_head else "none",
         "trained_on": ", ".join(training.sources),
         "steps": training.steps,
         "tokens_seen": training.tokens_seen,

@@ -22,7 +22,7 @@ EvaluationMasking = Literal["mask", "bert", "protein_lm"]
 
 def score_masked_lm(
     session: InferenceSession, records: Iterable[SequenceRecord], *, masking: EvaluationMasking, batch_tokens: int
-) -> dict[str, float | int | str]:
+) -> dict[str, float | int | str | None]:
     """Perplexity and accuracy at the selected residues, beside the unigram (or copying) baseline's.
 
     Raises InputError if no residue is selected, as in a file of a few very short proteins.

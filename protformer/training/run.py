@@ -192,12 +192,13 @@ def _as_duration(seconds: float) -> str:
 
 
 def _compare(name: str, scores: MaskedLmScores) -> list[str]:
-    gain, error = scores.log_likelihood_gain, scores.log_likelihood_gain_standard_error
+    error = scores.log_likelihood_gain_standard_error
+    spread = "" if error is None else f", standard error {error:.4f} (over proteins)"
     return [
         f"held-out proteins ({name}), {scores.num_masked:,} residues asked for:",
         f"  perplexity {scores.perplexity:6.3f}   unigram baseline {scores.baseline_perplexity:6.3f}",
         f"  accuracy   {scores.accuracy:6.2%}   unigram baseline {scores.baseline_accuracy:6.2%}",
-        f"  log-likelihood over the baseline {gain:+.4f} nats a residue, standard error {error:.4f} (over proteins)",
+        f"  log-likelihood over the baseline {scores.log_likelihood_gain:+.4f} nats a residue{spread}",
     ]
 
 
