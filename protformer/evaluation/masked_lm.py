@@ -57,7 +57,7 @@ class MaskedLmScores:
     log_likelihood_gain: float
     """Mean over positions of log p(model) - log p(baseline), in nats; above 0 the model is better."""
     log_likelihood_gain_standard_error: float | None
-    """With proteins, not positions, as the independent units (ratio estimator, Cochran 1977, eq. 6.13); one has none."""
+    """With proteins, not positions, as the independent units (ratio estimator: Cochran 1977, 6.13); None for one."""
 
 
 def predict_targets(
