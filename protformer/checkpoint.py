@@ -80,7 +80,9 @@ def load_tensors(path: Path) -> dict[str, object]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        raise InputError(f"{path}: not a readable .pt file of tensors ({reason(error)})") from error
+        raise InputError(
+            f"{path}: not a file of tensors that torch can read, or cut short ({reason(error)})"
+        ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no mapping of names to tensors")
     return content

@@ -26,7 +26,7 @@ OnLong = Literal["crop", "windows", "skip"]
 Direction = Literal["bidirectional", "unidirectional"]
 Norm = Literal["pre", "post"]
 Framing = Literal["eos", "cls_eos"]
-RotaryRounding = Literal["float32", "float16"]
+RotaryRounding = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,7 @@ class ModelConfig:
     """`learned`: a vector a position is added to the token embedding, as in BERT, for max_positions tokens at most."""
     max_positions: int | None = None
     rotary_rounding: RotaryRounding = "float32"
-    """ESM-2 was trained with rotary frequencies that are rounded to float16."""
+    """Rotary frequencies of ESM-2 are rounded to float16; weights that were saved as bfloat16 may have them so."""
     embedding_norm: bool = False
     """LayerNorm on what the first layer gets, as in BERT."""
     token_dropout: bool = False

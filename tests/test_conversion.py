@@ -151,17 +151,18 @@ def test_contacts_are_those_of_the_originals_contact_head(esm2, proteins):
         assert 0 < found.min() < found.max() < 1
 
 
-def test_rotary_frequencies_that_were_rounded_to_float16_stay_so(tmp_path, proteins):
+@pytest.mark.parametrize("rounding", ["float16", "bfloat16"])
+def test_rotary_frequencies_that_were_rounded_stay_so(tmp_path, proteins, rounding):
     oracle = esm(tmp_path / "theirs")
     frequencies = oracle.esm.rotary_embeddings.inv_freq
-    frequencies.copy_(frequencies.half().float())
+    frequencies.copy_(frequencies.to(getattr(torch, rounding)).float())
     oracle.save_pretrained(tmp_path / "theirs")
     (tmp_path / "theirs" / "vocab.txt").write_text("\n".join(TOKENS))
     tensors = load_file(tmp_path / "theirs" / "model.safetensors")
     old = {f"esm.encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq": frequencies.clone() for i in range(2)}
     save_file(tensors | old, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
     session = convert(tmp_path / "theirs", tmp_path / "ours")
-    assert session.model.config.rotary_rounding == "float16"
+    assert session.model.config.rotary_rounding == rounding
     tokens = framed(proteins[0]).repeat(1, 40)  # as far as the rounding shows
     with torch.inference_mode():
         ours = session.model.encoder(tokens, torch.ones_like(tokens)).hidden
@@ -406,6 +407,7 @@ def untie(folder):
         (add("esm.encoder.layer.0.intermediate.dense.weight", 5, 32), "is (5, 32), expected (48, 32)"),
         (untie, "lm_head.decoder.weight is not tied to the embedding"),
         (change(model_type="t5"), "model_type 't5' is not known; expected one of esm, bert, roberta"),
+        (change(model_type=None), "config.json has no model_type; add the one it is: esm, bert, roberta"),
         (change(hidden_act="relu"), "hidden_act 'relu' cannot be converted, only 'gelu'"),
         (change(position_embedding_type="relative_key"), "position_embedding_type 'relative_key' is not known"),
         (change(num_hidden_layers="two"), "num_hidden_layers is 'two', not a whole number"),
@@ -432,6 +434,15 @@ def test_what_cannot_be_converted_is_one_line_that_names_it(tmp_path, esm2, caps
     assert message in told
     assert told.count("\n") == 1
     assert not (tmp_path / "ours").exists()
+
+
+def test_heads_that_are_left_out_are_named_and_not_those_that_are_kept(tmp_path, capsys):
+    bert(tmp_path / "theirs")
+    for name in ("cls.species.weight", "cls.chain.layers.0.weight", "classifier.weight"):
+        add(name, 3, 32)(tmp_path / "theirs")
+    assert run(["convert", "--from", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]) == 0
+    told = capsys.readouterr().err
+    assert "note: left out, as no part of the language model: classifier, cls.chain, cls.species\n" in told
 
 
 def test_a_bert_without_a_vocabulary_is_refused(tmp_path, capsys):

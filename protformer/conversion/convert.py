@@ -8,6 +8,7 @@ one table; rows of embeddings take our order of tokens.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ class _Reader:
     def rotary_rounding(self) -> RotaryRounding:
         """How the checkpoint's rotary frequencies are rounded; some layouts save them, and ESM-2 rounded them."""
         saved = [name for name in self.tensors if name.endswith("inv_freq")]
-        roundings: tuple[RotaryRounding, ...] = ("float32", "float16")
+        roundings: tuple[RotaryRounding, ...] = get_args(RotaryRounding)
         for rounding in roundings:
             expected = rotary_frequencies(self.layout.model.head_dim, rounding)
             if all(_are_close(self.tensors[name], expected) for name in saved):
@@ -125,8 +126,15 @@ class _Reader:
         raise InputError(f"{self.source}: {saved[0]} holds other rotary frequencies than 10000 ** (-2 c / head_dim)")
 
     def left_out(self) -> list[str]:
-        """Tensors of other heads."""
-        return [name for name in self.tensors if name not in self.taken and not name.startswith(self.layout.prefix)]
+        """Other heads, by as much of their tensors' names as tells them from those that were taken."""
+        heads = set()
+        for name in self.tensors.keys() - self.taken:
+            if name.startswith(self.layout.prefix):
+                continue
+            parts = name.split(".")
+            starts = (".".join(parts[:number]) for number in range(1, len(parts)))
+            heads.add(next((s for s in starts if not any(t.startswith(f"{s}.") for t in self.taken)), name))
+        return sorted(heads)
 
     def _positions(self) -> Tensor:
         table = self.take(self.layout.position_embedding)[self.layout.first_position :]
@@ -195,7 +203,7 @@ def _notes(config: ModelConfig, reader: _Reader, *, has_lm_head: bool) -> Iterat
     unknown = [token for token, is_unknown in zip(TOKENS, reader.vocabulary.unknown, strict=True) if is_unknown]
     if unknown:
         yield f"not in its vocabulary, and taken for its <unk>: {' '.join(unknown)}"
-    if left := sorted({name.split(".")[0] for name in reader.left_out()}):
+    if left := reader.left_out():
         yield f"left out, as no part of the language model: {', '.join(left)}"
     if not has_lm_head:
         yield "the weights have no masked-LM head: embeddings are the original's, predictions of residues are not"

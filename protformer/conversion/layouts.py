@@ -71,6 +71,8 @@ def find_layout(config: Mapping[str, Any], names: Collection[str], source: str) 
     """The layout of `config.json`. Raises InputError, beginning with `source`, for one that is not known."""
     kinds = {"esm": _esm, "bert": _bert, "roberta": _roberta}
     kind = config.get("model_type")
+    if kind is None:
+        raise InputError(f"{source}: config.json has no model_type; add the one it is: {', '.join(kinds)}")
     if kind not in kinds:
         raise InputError(f"{source}: model_type {kind!r} is not known; expected one of {', '.join(kinds)}")
     for name, allowed in {"hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False}.items():
