@@ -14,8 +14,8 @@ from protformer.cli.options import FilePath, model_option, quiet_option
 def command(model_path: Path, out: Path, quiet: bool) -> None:
     """Write a model as transformers' EsmForMaskedLM, with equal outputs.
 
-    The model must have ESM-2's architecture: exact attention, pre-LN, rotary positions. Converted from weights without a
-    masked-LM head, it is written as an EsmModel.
+    The model must have ESM-2's architecture: exact attention, pre-LN, rotary positions. Converted from weights without
+    a masked-LM head, it is written as an EsmModel.
 
     \b
     Example:
