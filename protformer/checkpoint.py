@@ -5,6 +5,7 @@ generated `README.md`. No pickle is read here. Weights that do not fit their des
 """
 
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -79,10 +80,10 @@ def load_tensors(path: Path) -> dict[str, object]:
     """What `save_tensors` wrote."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's words advise to unpickle the file nevertheless
+        raise InputError(f"{path}: holds other objects than tensors, which are not unpickled, or is damaged") from error
     except UNREADABLE as error:
-        raise InputError(
-            f"{path}: not a file of tensors that torch can read, or cut short ({reason(error)})"
-        ) from error
+        raise InputError(f"{path}: no tensors that torch can read, or cut short ({reason(error)})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no mapping of names to tensors")
     return content

@@ -159,5 +159,5 @@ def test_tensors_are_read_without_unpickling_objects(tmp_path):
     save_tensors({"a": torch.ones(2)}, tmp_path / "good.pt")
     assert torch.equal(load_tensors(tmp_path / "good.pt")["a"], torch.ones(2))
     torch.save({"a": ModelConfig()}, tmp_path / "bad.pt")
-    with pytest.raises(InputError, match=r"not a readable \.pt file"):
+    with pytest.raises(InputError, match="not unpickled, or is damaged"):
         load_tensors(tmp_path / "bad.pt")
