@@ -10,6 +10,7 @@ from protformer.cli.progress import count_progress
 from protformer.corpus.fasta import FastaReport, read_fasta
 from protformer.evaluation.attention_error import AttentionError, compare_with_exact
 from protformer.evaluation.model_readiness import LayerReport, model_readiness, random_proteins
+from protformer.inference.batches import longest_protein
 from protformer.model.masked_lm_head import ProteinLanguageModel
 from protformer.model_description import ModelDescription
 
@@ -48,8 +49,7 @@ def proteins_to_report(description: ModelDescription, fasta: str | None, num_pro
 
     Each is cut where the model's learned positions end.
     """
-    model = description.model
-    limit = None if model.max_positions is None else model.max_positions - sum(map(len, model.frame))
+    limit = longest_protein(description.model)
     if fasta is None:
         frequencies = description.unigram_frequencies
         length = RANDOM_RESIDUES if limit is None else min(RANDOM_RESIDUES, limit)

@@ -145,12 +145,17 @@ def frame_batch(
     )
 
 
+def longest_protein(model: ModelConfig) -> int | None:
+    """Residues of the longest protein that learned positions hold; None where positions have no end."""
+    return None if model.max_positions is None else model.max_positions - sum(map(len, model.frame))
+
+
 def require_positions(name: str, num_tokens: int, model: ModelConfig) -> None:
     """Raise InputError if the model's learned positions do not reach so far."""
     limit = model.max_positions
     if limit is not None and num_tokens > limit:
         raise InputError(
             f"record {name!r} makes {num_tokens:,} tokens with the special ones, and this model has learned positions"
-            f" for {limit:,}; `embed` takes it in pieces with --max-length {limit - sum(map(len, model.frame))}"
+            f" for {limit:,}; `embed` takes it in pieces with --max-length {longest_protein(model)}"
             f" --on-long window"
         )

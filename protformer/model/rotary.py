@@ -20,8 +20,7 @@ BASE = 10_000.0
 def rotary_frequencies(head_dim: int, rounding: RotaryRounding) -> Float[Tensor, " pair"]:
     """Radians a position, for each channel pair; float32 numbers, which may be rounded (ESM-2's are)."""
     frequencies = 1.0 / BASE ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    rounded: dict[RotaryRounding, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-    return frequencies.to(rounded.get(rounding, torch.float32)).float()
+    return frequencies.to(getattr(torch, rounding)).float()
 
 
 def rotary_angles(
